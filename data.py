@@ -1,0 +1,355 @@
+"""Text to token tensors and back: tokenizers, corpora, batches.
+
+    python data.py --data PATH --tokenizer gpt2      # tokenize ahead of a run (train.py does it too)
+
+Every tokenizer is a `tiktoken.Encoding`: `gpt2`; `bytes`; and `stdlib`, a byte-level BPE of 2,048
+entries learned from the embedded corpus, the Python standard library's own source. A corpus is a
+folder of `train.bin`, `val.bin` and `meta.json`, made once and memory-mapped after that.
+"""
+
+import argparse
+import base64
+import hashlib
+import json
+import os
+import sysconfig
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import tiktoken
+import tokenizers
+import torch
+from torch import Tensor
+
+from runtime import atomic_write, progress, run, writable_folder
+
+END_OF_TEXT = "<|endoftext|>"
+MASK_TEXT = "[MASK]"
+BPE_ENTRIES = 2048
+GPT2_SPLIT = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+HELD_OUT = 20  # one document in 20 is held out
+LEFT_OUT = {
+    "test", "tests", "idlelib", "idle_test", "encodings", "site-packages", "dist-packages",
+    "ensurepip", "lib2to3", "pydoc_data", "turtledemo", "__pycache__", "_vendor",
+}
+
+
+# Tokenizers
+
+
+def bytes_tokenizer() -> tiktoken.Encoding:
+    """256 bytes and end-of-text; needs nothing."""
+    ranks = {bytes([b]): b for b in range(256)}
+    return tiktoken.Encoding(
+        "bytes", pat_str=r"[\s\S]", mergeable_ranks=ranks, special_tokens={END_OF_TEXT: 256}
+    )
+
+
+def gpt2_tokenizer() -> tiktoken.Encoding:
+    """GPT-2's 50,257 tokens, from tiktoken's cache or the network; ValueError where neither is."""
+    try:
+        return tiktoken.get_encoding("gpt2")
+    except Exception as error:  # tiktoken lets its HTTP client's own errors through
+        raise ValueError(
+            "--tokenizer gpt2: its vocabulary is not cached and could not be downloaded "
+            f"({type(error).__name__}); set TIKTOKEN_CACHE_DIR to a folder that holds it, or choose "
+            "--tokenizer stdlib or bytes"
+        ) from None
+
+
+def learn_bpe(texts: Iterable[str], entries: int = BPE_ENTRIES) -> tiktoken.Encoding:
+    """A byte-level BPE of `entries` tokens, the last of them end-of-text, learned from the texts."""
+    learner = tokenizers.Tokenizer(tokenizers.models.BPE())
+    learner.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    learner.train_from_iterator(
+        texts,
+        tokenizers.trainers.BpeTrainer(
+            vocab_size=entries - 1, initial_alphabet=alphabet, show_progress=False
+        ),
+    )
+    # ByteLevel writes a byte as a printable character: itself, or the next one from 256 on.
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    hidden = [b for b in range(256) if b not in printable]
+    byte_of = {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(hidden)}
+    by_rank = sorted(learner.get_vocab().items(), key=lambda item: item[1])
+    words = [bytes(byte_of[c] for c in word) for word, _ in by_rank]
+    return tiktoken.Encoding(
+        "stdlib",
+        pat_str=GPT2_SPLIT,
+        mergeable_ranks={word: rank for rank, word in enumerate(words)},
+        special_tokens={END_OF_TEXT: len(words)},
+    )
+
+
+def tokenizer_spec(tokenizer: tiktoken.Encoding) -> dict:
+    """A plain description that `load_tokenizer` turns back into the tokenizer; JSON-able."""
+    if tokenizer.name != "stdlib":
+        return {"name": tokenizer.name}
+    ranks = sorted(tokenizer._mergeable_ranks.items(), key=lambda item: item[1])
+    words = [base64.b64encode(word).decode() for word, _ in ranks]
+    return {"name": "stdlib", "words": words}
+
+
+def load_tokenizer(spec: dict) -> tiktoken.Encoding:
+    """The tokenizer of a spec: {"name": "bytes" | "gpt2"} or a learned one with its words."""
+    name = spec["name"]
+    if name == "stdlib":
+        words = [base64.b64decode(word) for word in spec["words"]]
+        return tiktoken.Encoding(
+            name,
+            pat_str=GPT2_SPLIT,
+            mergeable_ranks={word: rank for rank, word in enumerate(words)},
+            special_tokens={END_OF_TEXT: len(words)},
+        )
+    if name not in ("bytes", "gpt2"):
+        raise ValueError(f"--tokenizer {name}: choose stdlib, gpt2 or bytes")
+    return bytes_tokenizer() if name == "bytes" else gpt2_tokenizer()
+
+
+def vocab_size(tokenizer: tiktoken.Encoding) -> int:
+    """The network's vocabulary: the tokenizer's, and the mask as its last id."""
+    return tokenizer.n_vocab + 1
+
+
+def encode(tokenizer: tiktoken.Encoding, text: str) -> list[int]:
+    """Text to ids; text that spells a special token is text."""
+    return tokenizer.encode_ordinary(text)
+
+
+def decode(tokenizer: tiktoken.Encoding, ids: Iterable[int]) -> str:
+    """Ids to text; the mask shows as [MASK], bytes that are no UTF-8 as U+FFFD."""
+    mask = tokenizer.n_vocab
+    pieces = (
+        MASK_TEXT.encode() if i == mask else tokenizer.decode_single_token_bytes(i)
+        for i in map(int, ids)
+    )
+    return b"".join(pieces).decode("utf-8", errors="replace")
+
+
+def token_bytes(tokenizer: tiktoken.Encoding) -> Tensor:
+    """(V,) the UTF-8 bytes that each token stands for; 0 for end-of-text and the mask."""
+    sizes = torch.zeros(vocab_size(tokenizer), dtype=torch.long)
+    for token in range(tokenizer.n_vocab - 1):
+        sizes[token] = len(tokenizer.decode_single_token_bytes(token))
+    return sizes
+
+
+# Documents
+
+
+@dataclass
+class Source:
+    """Where a corpus comes from: its files and how to read the documents in them."""
+
+    name: str
+    root: Path
+    files: list[Path]
+
+    def fingerprint(self) -> str:
+        """A hash of every file's path, size and time of change."""
+        h = hashlib.sha256()
+        for file in self.files:
+            stat = file.stat()
+            h.update(f"{file.relative_to(self.root)}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode())
+        return h.hexdigest()
+
+    def documents(self) -> Iterator[tuple[str, str]]:
+        """(key, text) of every document: a file, or a line of a JSONL file."""
+        for file in self.files:
+            name = str(file.relative_to(self.root))
+            if file.suffix == ".jsonl":
+                yield from ((f"{name}:{i}", text) for i, text in _jsonl_texts(file))
+            else:
+                yield name, _read_text(file)
+
+
+def _read_text(file: Path) -> str:
+    try:
+        return file.read_bytes().decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file}: not UTF-8 text (byte {error.start})") from None
+
+
+def _jsonl_texts(file: Path) -> Iterator[tuple[int, str]]:
+    with open(file, encoding="utf-8") as lines:
+        for i, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            try:
+                text = json.loads(line)["text"]
+            except (json.JSONDecodeError, KeyError, TypeError):
+                text = None
+            if not isinstance(text, str):
+                raise ValueError(f'{file}:{i}: not a JSON object with a "text" string')
+            yield i, text
+
+
+def stdlib_source() -> Source:
+    """The embedded corpus: the source of the Python standard library on this machine."""
+    root = Path(sysconfig.get_paths()["stdlib"])
+    files = [f for f in sorted(root.rglob("*.py")) if not LEFT_OUT & set(f.relative_to(root).parts)]
+    files = [f for f in files if _is_utf8(f)]
+    if not files:
+        raise ValueError(f"{root}: no source of the standard library here; name a text with --data")
+    return Source("stdlib", root, files)
+
+
+def _is_utf8(file: Path) -> bool:
+    try:
+        file.read_bytes().decode("utf-8")
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
+def path_source(path: str) -> Source:
+    """A text file, a JSONL file with a "text" field, or a folder of these (and of source code)."""
+    root = Path(path)
+    if not root.exists():
+        raise FileNotFoundError(f"--data {path}: no such file or folder")
+    files = [root] if root.is_file() else sorted(f for f in root.rglob("*") if f.is_file())
+    if root.is_dir():
+        files = [f for f in files if f.suffix in (".txt", ".jsonl", ".md", ".py")]
+    if not files:
+        raise ValueError(f"--data {path}: no .txt, .jsonl, .md or .py file in it")
+    name = f"{root.resolve().name}-{hashlib.sha256(str(root.resolve()).encode()).hexdigest()[:8]}"
+    return Source(name, root if root.is_dir() else root.parent, files)
+
+
+def held_out(key: str) -> bool:
+    """Whether a document is for validation: one in HELD_OUT, by a hash of its path or number."""
+    return int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") % HELD_OUT == 0
+
+
+def split_documents(source: Source) -> Iterator[tuple[str, str]]:
+    """("train" | "val", text) of a source; the end of each document of a source with only a few."""
+    few = len(source.files) < HELD_OUT and not any(f.suffix == ".jsonl" for f in source.files)
+    for key, text in source.documents():
+        if few:
+            cut = len(text) - len(text) // HELD_OUT
+            yield "train", text[:cut]
+            yield "val", text[cut:]
+        else:
+            yield "val" if held_out(key) else "train", text
+
+
+# Corpora
+
+
+@dataclass
+class Corpus:
+    """A tokenized corpus: two streams of ids, memory-mapped, each document ended by end-of-text."""
+
+    folder: Path
+    tokenizer: tiktoken.Encoding
+    meta: dict
+
+    def stream(self, split: str) -> np.ndarray:
+        """The ids of "train" or "val"."""
+        return np.memmap(self.folder / f"{split}.bin", dtype=self.meta["dtype"], mode="r")
+
+    def need(self, split: str, length: int) -> None:
+        """ValueError where the split does not hold one block of `length` tokens."""
+        have = self.meta["tokens"][split]
+        if have < length:
+            raise ValueError(
+                f"{self.meta['source']}: its {split} part has {have} tokens, a block takes {length}; "
+                "use more text or a smaller --block-size"
+            )
+
+    def batch(self, n: int, length: int, g: torch.Generator) -> Tensor:
+        """n training windows (n, length) at places drawn from g, int64."""
+        stream = self.stream("train")
+        starts = torch.randint(len(stream) - length + 1, (n,), generator=g)
+        return torch.from_numpy(np.stack([stream[i : i + length] for i in starts]).astype(np.int64))
+
+    def blocks(self, split: str, length: int, limit: int | None = None) -> Tensor:
+        """The split cut into whole blocks (n, length) in order; `limit` of them, evenly spread."""
+        stream = self.stream(split)
+        n = len(stream) // length
+        picks = np.arange(n) if not limit or limit >= n else np.arange(limit) * n // limit
+        return torch.from_numpy(np.stack([stream[i * length :][:length] for i in picks]).astype(np.int64))
+
+
+def open_corpus(data: str | None, tokenizer: dict | str | None, cache: str = "corpora") -> Corpus:
+    """The corpus of --data (None: the standard library) in a tokenizer, built where it is not cached.
+
+    `tokenizer` is a name, or the spec in a checkpoint. A corpus whose sources or tokenizer have
+    changed since is built again.
+    """
+    source = stdlib_source() if data is None else path_source(data)
+    spec = {"name": tokenizer or "stdlib"} if not isinstance(tokenizer, dict) else tokenizer
+    learned = hashlib.sha256(json.dumps(spec.get("words", "")).encode()).hexdigest()[:8]
+    suffix = f"{spec['name']}-{learned}" if "words" in spec else spec["name"]
+    folder = writable_folder(str(Path(cache) / f"{source.name}-{suffix}"), "--cache")
+    fingerprint = source.fingerprint()
+    meta = _read_meta(folder)
+    if meta is None or meta["fingerprint"] != fingerprint:
+        meta = _build(source, spec, folder, fingerprint)
+    return Corpus(folder, load_tokenizer(meta["tokenizer"]), meta)
+
+
+def _read_meta(folder: Path) -> dict | None:
+    """meta.json where it and the streams it speaks of are whole, else None."""
+    try:
+        meta = json.loads((folder / "meta.json").read_text())
+        size = np.dtype(meta["dtype"]).itemsize
+        for split, count in meta["tokens"].items():
+            if (folder / f"{split}.bin").stat().st_size != count * size:
+                return None
+        return meta if {"fingerprint", "tokenizer", "bytes"} <= meta.keys() else None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+
+
+def _build(source: Source, spec: dict, folder: Path, fingerprint: str) -> dict:
+    if spec["name"] == "stdlib" and "words" not in spec:
+        texts = split_documents(stdlib_source())
+        tokenizer = learn_bpe(text for split, text in texts if split == "train")
+    else:
+        tokenizer = load_tokenizer(spec)
+    dtype = "uint16" if vocab_size(tokenizer) <= 2**16 else "uint32"
+    counts, sizes = {"train": 0, "val": 0}, {"train": 0, "val": 0}
+    (folder / "meta.json").unlink(missing_ok=True)  # it is written last: without it, build again
+    with atomic_write(folder / "train.bin") as train, atomic_write(folder / "val.bin") as val:
+        out = {"train": train, "val": val}
+        bar = progress(split_documents(source), desc=f"tokenizing {source.name}", unit=" documents")
+        for split, text in bar:
+            if not text:
+                continue
+            ids = encode(tokenizer, text) + [tokenizer.eot_token]
+            out[split].write(np.array(ids, dtype=dtype).tobytes())
+            counts[split] += len(ids)
+            sizes[split] += len(text.encode())
+    if not counts["train"]:
+        raise ValueError(f"{source.root}: no text in it")
+    meta = {
+        "source": str(source.root if source.name == "stdlib" or len(source.files) > 1 else source.files[0]),
+        "fingerprint": fingerprint, "tokenizer": tokenizer_spec(tokenizer), "blocks": "windows",
+        "dtype": dtype, "tokens": counts, "bytes": sizes,
+    }
+    with atomic_write(folder / "meta.json", "w") as f:
+        json.dump(meta, f)
+    return meta
+
+
+def main(args: argparse.Namespace) -> None:
+    corpus = open_corpus(args.data, args.tokenizer, args.cache)
+    tokens, sizes = corpus.meta["tokens"], corpus.meta["bytes"]
+    print(f"{corpus.folder}: tokenizer {corpus.tokenizer.name}, {vocab_size(corpus.tokenizer)} ids")
+    for split in ("train", "val"):
+        rate = sizes[split] / max(1, tokens[split])
+        print(f"{split:5} {tokens[split]:>12,} tokens {sizes[split]:>14,} bytes {rate:.2f} bytes a token")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(
+        description="Tokenize a corpus.", formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument("--data", help="text file, JSONL file or folder; default: the standard library")
+    parser.add_argument("--tokenizer", default="stdlib", help="stdlib, gpt2 or bytes")
+    parser.add_argument("--cache", default="corpora", help="folder of tokenized corpora")
+    run(main, parser.parse_args())

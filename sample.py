@@ -1,0 +1,213 @@
+"""Decoding: from masks to text in a chosen number of network passes, with and without soft-masking.
+
+    python sample.py --ckpt out/ckpt.pt --num 4
+    python sample.py --prompt "def fibonacci(n):" --nfe 32 --top-p 0.9
+    python sample.py --infill "for [MASK] in range([MASK]):"
+
+One step: look (a pass over x_t, soft-masked by the feedback of the step before), choose which masked
+positions to open, draw their tokens, keep feedback for the masks that stay.
+"""
+
+import argparse
+import json
+import time
+
+import torch
+from torch import Tensor
+
+from data import MASK_TEXT, decode, encode, load_tokenizer
+from runtime import atomic_write, autocast, generator, pick_device, pick_dtype, progress, run
+from softmask import Feedback, SoftMask, denoise, noise_level
+from weights import build_model, build_softmask, load_checkpoint
+
+
+def nucleus(p: Tensor, top_p: float) -> Tensor:
+    """MDLM's nucleus of probabilities p (N, V): the most likely tokens while their cumulative
+    probability is at most top_p, always the first; zero elsewhere, not renormalised."""
+    if top_p >= 1:
+        return p
+    order = p.argsort(dim=-1, descending=True, stable=True)
+    kept = p.gather(1, order).cumsum(-1) <= top_p
+    kept[:, 0] = True
+    return p * torch.zeros_like(kept).scatter_(1, order, kept)
+
+
+def draw_tokens(z: Tensor, temperature: float, top_p: float, uniform: Tensor) -> Tensor:
+    """One token a row of logits z (N, V) by Gumbel-max in float64, uniform (N, V) in U(0, 1).
+
+    Temperature 0 takes the most likely token. float32 noise would silently sharpen the law.
+    """
+    if temperature == 0:
+        return z.argmax(-1)
+    p = nucleus((z.double() / temperature).softmax(-1), top_p)
+    return (p.log() - torch.log(-torch.log(uniform))).argmax(-1)
+
+
+class Decoding:
+    """What a decoding did: passes of the network, and whether a last one filled left-over masks."""
+
+    def __init__(self):
+        self.passes = 0
+        self.filled = False
+
+
+@torch.no_grad()
+def generate(
+    model, x: Tensor, nfe: int, softmask: SoftMask | None = None, temperature: float = 1.0,
+    top_p: float = 1.0, seeds: list[int] | None = None, dtype: torch.dtype = torch.float32,
+    on_step=None,
+) -> tuple[Tensor, Decoding]:
+    """MDLM's ancestral sampling (section 2.1, Eq. 1): fill the masks of x (B, L) in `nfe` steps.
+
+    Times run over linspace(1, 1e-5, nfe + 1), alpha = 1 - t: from t to s a masked position opens
+    with probability (alpha_s - alpha_t)/(1 - alpha_t) and then draws its token; positions that are
+    not the mask never change. Feedback starts at the second step and is taken before temperature
+    and nucleus. If masks remain, one more pass fills them by argmax; it is not counted as NFE.
+    `seeds` holds one seed a row, so that a row does not depend on its batch. A binary step in which
+    nothing changed reuses the last pass. Returns the tokens (B, L) and a `Decoding`; `on_step(i, x)`
+    is called after every step.
+    """
+    if nfe < 1:
+        raise ValueError(f"nfe = {nfe}: decoding takes at least one step")
+    x, done = x.clone(), Decoding()
+    generators = [generator(s) for s in (range(len(x)) if seeds is None else seeds)]
+    times = torch.linspace(1, 1e-5, nfe + 1, dtype=torch.float64).tolist()
+    reuse = softmask is None and not getattr(model.config, "time_conditioning", False)
+    hidden, feedback, rows, changed = None, None, None, True
+
+    def look(t: float) -> Tensor:  # (B * L, D)
+        done.passes += 1
+        sigma = noise_level(torch.full((len(x),), t, device=x.device), model.mask_eps)
+        with autocast(x.device, dtype):
+            return denoise(model, x, sigma, softmask, rows, feedback).flatten(0, 1)
+
+    for i, (t, s) in enumerate(zip(times, times[1:], strict=False)):
+        masked = x == model.mask_id
+        if not masked.any():
+            break
+        if changed or not reuse:
+            hidden = look(t)
+        opens = masked & (_uniform(generators, x.shape[1:]).to(x.device) < (t - s) / t)
+        chosen = opens.flatten().nonzero().squeeze(1)
+        changed = len(chosen) > 0
+        if changed:
+            noise = _uniform(generators, (model.vocab_size,), opens.sum(1).tolist()).to(x.device)
+            with autocast(x.device, dtype):
+                z = model.logits(hidden[chosen])
+            x.view(-1)[chosen] = draw_tokens(z, temperature, top_p, noise)
+        if softmask is not None:
+            rows = (masked & ~opens).flatten().nonzero().squeeze(1)
+            feedback = _feedback(model, softmask, hidden[rows], dtype)
+        if on_step is not None:
+            on_step(i, x)
+    if (x == model.mask_id).any():
+        rest = (x == model.mask_id).flatten().nonzero().squeeze(1)
+        done.filled = True
+        hidden = look(times[-1])
+        done.passes -= 1
+        x.view(-1)[rest] = model.logits(hidden[rest].float()).argmax(-1)
+    return x, done
+
+
+def _feedback(model, softmask: SoftMask, rows: Tensor, dtype: torch.dtype) -> Feedback | None:
+    if not len(rows):
+        return None
+    with autocast(rows.device, dtype):
+        return softmask.feedback(model, rows)
+
+
+def _uniform(generators: list, shape: tuple, counts: list[int] | None = None) -> Tensor:
+    """float64 U(0, 1): (B, *shape), each row from its generator, or `counts` rows of each."""
+    if counts is None:
+        return torch.stack([torch.rand(shape, generator=g, dtype=torch.float64) for g in generators])
+    pairs = zip(generators, counts, strict=True)
+    return torch.cat([torch.rand(n, *shape, generator=g, dtype=torch.float64) for g, n in pairs])
+
+
+def template(tokenizer, length: int, prompt: str = "", infill: str = "") -> list[int]:
+    """The ids to start from: a prompt and masks up to `length`, or a text with its [MASK] runs.
+
+    ValueError where the prompt leaves nothing to fill, or the text has no [MASK] or is too long.
+    """
+    mask = tokenizer.n_vocab
+    if infill:
+        if MASK_TEXT not in infill:
+            raise ValueError(f"--infill: the text has no {MASK_TEXT} to fill")
+        pieces = [encode(tokenizer, piece) for piece in infill.split(MASK_TEXT)]
+        ids = [i for piece in pieces for i in [*piece, mask]][:-1]
+        if len(ids) > length:
+            raise ValueError(f"--infill: {len(ids)} tokens; there is room for {length}")
+        return ids
+    ids = encode(tokenizer, prompt)
+    if len(ids) >= length:
+        raise ValueError(f"--prompt: {len(ids)} tokens leave nothing to fill of --length {length}")
+    return ids + [mask] * (length - len(ids))
+
+
+def main(args: argparse.Namespace) -> None:
+    device = pick_device(args.device)
+    dtype = pick_dtype(args.dtype, device)
+    if args.num < 1 or args.batch_size < 1 or not 0 < args.top_p <= 1 or args.temperature < 0:
+        raise ValueError("--num and --batch-size from 1, --top-p in (0, 1], --temperature from 0")
+    state = load_checkpoint(args.ckpt, "--ckpt")
+    model = build_model(state, ema=True).to(device).eval()
+    softmask = None if args.no_sm else build_softmask(state)
+    softmask = softmask.to(device) if softmask is not None else None
+    tokenizer = load_tokenizer(state["tokenizer"])
+    limit = model.config.block_size
+    length = args.length or limit
+    if not 1 <= length <= limit:
+        raise ValueError(f"--length {length}: the network takes 1 to {limit} tokens")
+    start = torch.tensor(template(tokenizer, length, args.prompt, args.infill), device=device)
+    nfe = args.nfe or len(start)
+    samples, passes, begin = [], 0, time.perf_counter()
+    with progress(total=args.num * nfe, desc="decoding", unit=" steps") as bar:
+        for first in range(0, args.num, args.batch_size):
+            seeds = [args.seed * 1_000_003 + i for i in range(first, min(first + args.batch_size, args.num))]
+            x, done = generate(
+                model, start.repeat(len(seeds), 1), nfe, softmask, args.temperature, args.top_p,
+                seeds, dtype, on_step=lambda i, x: bar.update(len(x)),
+            )
+            passes += done.passes
+            samples += x.tolist()
+    seconds = time.perf_counter() - begin
+    texts = [decode(tokenizer, ids) for ids in samples]
+    for i, text in enumerate(texts):
+        print(f"--- sample {i}\n{text}")
+    if args.out:
+        with atomic_write(args.out, "w") as f:
+            f.writelines(json.dumps({"text": t, "ids": i}) + "\n" for t, i in zip(texts, samples, strict=True))
+    filled = int((start == model.mask_id).sum()) * args.num
+    batches = -(-args.num // args.batch_size)
+    print(
+        f"--- {filled / seconds:.1f} tokens per second; {nfe} steps, {passes / batches:.1f} network "
+        f"passes a batch; {'soft-masked' if softmask is not None else 'binary'}"
+    )
+
+
+def parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(
+        description="Decode text.", formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    g = p.add_argument_group("what")
+    g.add_argument("--ckpt", default="out/ckpt.pt", help="a checkpoint, or its folder")
+    g.add_argument("--num", type=int, default=1, help="samples")
+    g.add_argument("--length", type=int, help="tokens of a sample; default: the network's length")
+    g.add_argument("--prompt", default="", help="a prefix that stays")
+    g.add_argument("--infill", default="", help=f"a text whose {MASK_TEXT} are filled, a token each")
+    g.add_argument("--out", help="write the samples to this JSONL file too")
+    g = p.add_argument_group("how")
+    g.add_argument("--nfe", type=int, help="decoding steps; default: one a token")
+    g.add_argument("--temperature", type=float, default=1.0)
+    g.add_argument("--top-p", type=float, default=1.0, help="nucleus")
+    g.add_argument("--no-sm", action="store_true", help="plain masks even with an SM checkpoint")
+    g.add_argument("--seed", type=int, default=0)
+    g = p.add_argument_group("machine")
+    g.add_argument("--batch-size", type=int, default=16)
+    g.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
+    g.add_argument("--dtype", default="auto", help="auto, float32 or bfloat16")
+    return p
+
+
+if __name__ == "__main__":
+    run(main, parser().parse_args())

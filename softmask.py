@@ -1,0 +1,344 @@
+"""Soft-masked diffusion language models, the method (Hersche et al., ICLR 2026, sections 2 and 3).
+
+A masked diffusion language model sees a text in which some tokens are replaced by [MASK] and
+predicts them all at once. Soft-masking (SM) feeds back what it predicted: where a mask stays, its
+embedding is blended with the embeddings of the k tokens that looked most likely a step earlier.
+
+The order is that of one training step (Algorithm 1): corrupt a text, predict (first pass), turn
+the prediction into feedback, blend it in (Eq. 2), predict again (second pass), take the loss.
+
+A denoiser is any object with `embed(tokens)`, `embedding` (the (V, D) table), `hidden(embeddings,
+sigma)`, `logits(rows)`, `head` (the module behind `logits`), `mask_id`, `vocab_size` and `mask_eps`.
+Letters in shapes: B batch, L length, D width, V vocabulary, k top-k, N gathered rows.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+CHUNK_ELEMENTS = 2**25  # elements of the largest (rows, V) float32 tensor: 128 MiB
+
+
+# Section 2.1: the forward process q(x_t | x_0)
+
+
+def antithetic_times(u: Tensor, b_l: float = 0.0, b_h: float = 1.0) -> Tensor:
+    """Times t_i = (u_i + i)/n scaled to [b_l, b_h]: one a stratum, so that every batch covers all t.
+
+    u (n,) holds independent U(0, 1) numbers, n the sequences of the whole optimiser step.
+    """
+    n = len(u)
+    t = (u + torch.arange(n, dtype=u.dtype, device=u.device)) / n  # (n,)
+    return b_l + (b_h - b_l) * t
+
+
+def mask_probability(t: Tensor, eps: float) -> Tensor:
+    """1 - alpha_t, the probability that a token is masked at time t (B,): (1 - eps) t.
+
+    eps is the denoiser's `mask_eps`: 1e-3 for MDLM's log-linear schedule, 0 for Dream.
+    """
+    return (1 - eps) * t
+
+
+def noise_level(t: Tensor, eps: float) -> Tensor:
+    """sigma(t) = -log alpha_t = -log(1 - (1 - eps) t), what a time-conditioned network is told."""
+    return -torch.log1p(-mask_probability(t, eps))
+
+
+def corrupt(
+    x0: Tensor, t: Tensor, noise: Tensor, mask_id: int, eps: float, maskable: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Draw x_t ~ q(x_t | x_0): each token becomes the mask m with probability 1 - alpha_t.
+
+    x0 (B, L) tokens, t (B,) times, noise (B, L) independent U(0, 1) numbers; `maskable` (B, L) may
+    exclude positions (a prompt). Returns x_t (B, L) and the positions masked, bool (B, L).
+    """
+    masked = noise < mask_probability(t, eps)[:, None]
+    if maskable is not None:
+        masked = masked & maskable
+    return torch.where(masked, mask_id, x0), masked
+
+
+# Section 3.1: from a prediction to feedback, from feedback to a soft mask
+
+
+class Feedback(NamedTuple):
+    """What soft-masking keeps of the predictions p at N positions.
+
+    ids (N, k) and weights (N, k): the top-k tokens v_i and pi_i, their renormalised probabilities.
+    neg_entropy (N,): -H(p) in nats over the whole vocabulary.
+    mixed (N, D): for k = |V| the mean embedding sum_i p_i E[v_i] takes the place of ids and weights.
+    """
+
+    ids: Tensor | None
+    weights: Tensor | None
+    neg_entropy: Tensor
+    mixed: Tensor | None = None
+
+
+def chunk_rows(vocab_size: int) -> int:
+    """Rows that may meet the vocabulary at a time, so that (rows, V) stays within the chunk."""
+    return max(1, CHUNK_ELEMENTS // vocab_size)
+
+
+def top_k(values: Tensor, k: int, block: int = 64) -> tuple[Tensor, Tensor]:
+    """`values.topk(k)` of (N, V), sooner: the k largest lie in the k blocks of largest maximum."""
+    n, v = values.shape
+    whole = v - v % block
+    if whole // block <= 4 * k or v <= 4096:
+        return values.topk(k, dim=-1)
+    blocks = values[:, :whole].view(n, -1, block).amax(-1).topk(k).indices  # (N, k)
+    ids = (blocks[..., None] * block + torch.arange(block, device=values.device)).flatten(1)
+    rest = torch.arange(whole, v, device=values.device).expand(n, -1)
+    ids = torch.cat([ids, rest], dim=1)  # (N, k * block + rest)
+    top, where = values.gather(1, ids).topk(k, dim=-1)
+    return top, ids.gather(1, where)
+
+
+class SoftMask(nn.Module):
+    """The soft mask: three scalars (omega_s, omega_a, omega_b), and tau where k = |V|.
+
+    k is the number of fed-back tokens; None stands for the whole vocabulary with a trainable
+    softmax temperature tau (appendix B.3). The trained raw numbers are unconstrained:
+    omega_s = sigmoid(raw_s) in [0, 1], omega_a = softplus(raw_a) >= 0, omega_b = -softplus(raw_b)
+    <= 0, tau = softplus(raw_tau). Start (appendix A.2): omega_s near 0; with LB = `lower_bound` the
+    5 % quantile of -H, omega_b = LB/2 and omega_a = -10/LB stretch [LB, 0] over the sigmoid.
+    """
+
+    def __init__(self, k: int | None = 3, omega_s: float = 1e-2, lower_bound: float = -1.5):
+        super().__init__()
+        if k is not None and k < 1:
+            raise ValueError(f"k = {k}: at least one token is fed back")
+        self.k = k
+        self.raw_s = nn.Parameter(torch.zeros(()))
+        self.raw_a = nn.Parameter(torch.zeros(()))
+        self.raw_b = nn.Parameter(torch.zeros(()))
+        if k is None:
+            self.raw_tau = nn.Parameter(torch.zeros(()))
+        lower_bound = min(lower_bound, -1e-3)
+        self.set_omegas(omega_s, -10 / lower_bound, lower_bound / 2, tau=1.0)
+
+    @torch.no_grad()
+    def set_omegas(self, omega_s: float, omega_a: float, omega_b: float, tau: float = 1.0) -> None:
+        """Set the scalars to values in the paper's domain; ValueError outside it."""
+        if not (0 < omega_s < 1 and omega_a > 0 and omega_b < 0 and tau > 0):
+            raise ValueError(
+                f"omega_s {omega_s}, omega_a {omega_a}, omega_b {omega_b}, tau {tau}: "
+                "need 0 < omega_s < 1, omega_a > 0, omega_b < 0, tau > 0"
+            )
+        self.raw_s.fill_(math.log(omega_s) - math.log1p(-omega_s))
+        self.raw_a.fill_(_inverse_softplus(omega_a))
+        self.raw_b.fill_(_inverse_softplus(-omega_b))
+        if self.k is None:
+            self.raw_tau.fill_(_inverse_softplus(tau))
+
+    @property
+    def omega_s(self) -> Tensor:
+        return torch.sigmoid(self.raw_s)
+
+    @property
+    def omega_a(self) -> Tensor:
+        return F.softplus(self.raw_a)
+
+    @property
+    def omega_b(self) -> Tensor:
+        return -F.softplus(self.raw_b)
+
+    @property
+    def tau(self) -> Tensor:
+        return F.softplus(self.raw_tau)
+
+    def omegas(self) -> dict[str, float]:
+        """The scalars as plain numbers in the paper's domain."""
+        names = ["omega_s", "omega_a", "omega_b"] + (["tau"] if self.k is None else [])
+        return {name: getattr(self, name).item() for name in names}
+
+    def lam(self, neg_entropy: Tensor) -> Tensor:
+        """Eq. 2: lambda = omega_s * sigmoid(omega_a * (-H(p) - omega_b)), in [0, omega_s]."""
+        return self.omega_s * torch.sigmoid(self.omega_a * (neg_entropy - self.omega_b))
+
+    def feedback(self, model, rows: Tensor) -> Feedback:
+        """Reduce the predictions of hidden rows (N, D) to what soft-masking needs of them.
+
+        The logits are constants; only for k = |V| do gradients flow, to tau and the table, for
+        which each chunk is computed again in the backward pass. ValueError where k > V.
+        """
+        if self.k is not None and self.k > model.vocab_size:
+            raise ValueError(f"k = {self.k} is larger than the vocabulary of {model.vocab_size}")
+        chunks = rows.detach().split(chunk_rows(model.vocab_size))
+        if self.k is None:
+            parts = [
+                checkpoint(_mix_vocabulary, model, h, self.tau, model.embedding, use_reentrant=False)
+                for h in chunks
+            ]
+            return Feedback(None, None, *(torch.cat(p) for p in zip(*parts, strict=True)))
+        with torch.no_grad():
+            parts = [_top_k_feedback(model, h, self.k) for h in chunks]
+        return Feedback(*(torch.cat(p) for p in zip(*parts, strict=True)))
+
+    def forward(
+        self, embeddings: Tensor, rows: Tensor, feedback: Feedback, table: Tensor, mask_id: int,
+        scale: Tensor | float = 1.0,
+    ) -> Tensor:
+        """Section 3.1's sm(): blend the feedback into the embeddings at `rows`, leave the others.
+
+        embeddings (B, L, D); rows (N,) index the B * L positions, all of them masked; `scale`
+        multiplies lambda (appendix B.4). Gradients reach the table and the omegas.
+        """
+        candidates = feedback.mixed
+        if candidates is None:
+            vectors = F.embedding(feedback.ids, table)  # (N, k, D)
+            candidates = torch.einsum("nk,nkd->nd", feedback.weights.to(table.dtype), vectors)
+        lam = (scale * self.lam(feedback.neg_entropy))[:, None].to(table.dtype)  # (N, 1)
+        soft = (1 - lam) * table[mask_id] + lam * candidates  # (N, D)
+        flat = embeddings.flatten(0, 1).index_copy(0, rows, soft.to(embeddings.dtype))
+        return flat.view_as(embeddings)
+
+
+def _inverse_softplus(y: float) -> float:
+    return y + math.log(-math.expm1(-y))
+
+
+def _top_k_feedback(model, rows: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
+    log_p = model.logits(rows).float().log_softmax(-1)  # (N, V)
+    top, ids = top_k(log_p, k)
+    pi = top.softmax(-1)  # exp(log p_i) / sum over the top k
+    return ids, pi, torch.linalg.vecdot(log_p.exp(), log_p)
+
+
+def _mix_vocabulary(model, rows: Tensor, tau: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
+    with torch.no_grad():
+        z = model.logits(rows).float()  # (N, V)
+    log_p = (z / tau).log_softmax(-1)
+    p = log_p.exp()
+    return torch.linalg.vecdot(p, log_p), p.to(table.dtype) @ table
+
+
+def schedule_scale(t: float, kind: str = "none", order: str = "sm-binary", switch: float = 0.5) -> float:
+    """Appendix B.4: the factor of lambda at time t = t/T, which falls from 1 to 0 in decoding.
+
+    `linear` fades SM out ("sm-binary": t) or in ("binary-sm": 1 - t); `step` switches it off below
+    t' = `switch`, or on from there down.
+    """
+    if kind == "none":
+        return 1.0
+    if kind not in ("linear", "step") or order not in ("sm-binary", "binary-sm"):
+        raise ValueError(f"schedule {kind!r}, {order!r}: none, linear or step; sm-binary or binary-sm")
+    if kind == "linear":
+        return t if order == "sm-binary" else 1 - t
+    return float(t >= switch) if order == "sm-binary" else float(t <= switch)
+
+
+@torch.no_grad()
+def entropy_quantile(model, x0: Tensor, t: Tensor, noise: Tensor, share: float) -> float:
+    """LB of appendix A.2: the `share` quantile of -H (nats) at the masked positions of x_t."""
+    xt, masked = corrupt(x0, t, noise, model.mask_id, model.mask_eps)
+    rows = denoise(model, xt, noise_level(t, model.mask_eps))[masked]  # (N, D)
+    return SoftMask(1).feedback(model, rows).neg_entropy.quantile(share).item()
+
+
+# Section 3.2: the two passes and the loss
+
+
+def denoise(
+    model, xt: Tensor, sigma: Tensor, softmask: SoftMask | None = None, rows: Tensor | None = None,
+    feedback: Feedback | None = None, scale: Tensor | float = 1.0,
+) -> Tensor:
+    """One pass g_theta over x_t (B, L), soft-masked at `rows` where there is feedback: (B, L, D)."""
+    embeddings = model.embed(xt)  # (B, L, D)
+    if feedback is not None:
+        embeddings = softmask(embeddings, rows, feedback, model.embedding, model.mask_id, scale)
+    return model.hidden(embeddings, sigma)
+
+
+def first_pass(
+    model, softmask: SoftMask, xt: Tensor, sigma: Tensor, masked: Tensor, soft: Tensor
+) -> tuple[Tensor, Feedback]:
+    """Algorithm 1, lines 5 and 6: predict without gradient; for the sequences in `soft` (B,) only.
+
+    Returns the N masked rows of those sequences (N,), indices into B * L, and their feedback.
+    """
+    rows = (masked & soft[:, None]).flatten().nonzero().squeeze(1)  # (N,)
+    with torch.no_grad():
+        hidden = denoise(model, xt[soft], sigma[soft])[masked[soft]]  # (N, D)
+    return rows, softmask.feedback(model, hidden)
+
+
+def soft_sequences(u: float, n: int, p_sm: float) -> Tensor:
+    """Which of n sequences get the first pass, bool (n,): each with probability p_sm.
+
+    Sequence i does iff floor(u + (i+1) p_sm) > floor(u + i p_sm), for one u ~ U(0, 1) a step: the
+    count is always p_sm n, rounded up or down, so that all steps do the same work.
+    """
+    edges = torch.floor(u + torch.arange(n + 1, dtype=torch.float64) * p_sm)
+    return edges[1:] > edges[:-1]
+
+
+def diffusion_loss(
+    model, x0: Tensor, t: Tensor, noise: Tensor, softmask: SoftMask | None = None,
+    soft: Tensor | None = None, maskable: Tensor | None = None,
+) -> Tensor:
+    """Algorithm 1, lines 4 to 8: sum over masked positions of -log p(x0_l) / t, in nats.
+
+    x0 (B, L), t (B,), noise (B, L) in U(0, 1), soft bool (B,): the sequences that get two passes
+    (none without `softmask`: the binary baseline). The caller divides by its number of tokens; the
+    expectation of the sum over t ~ U(0, 1) is the NELBO of the batch.
+    """
+    xt, masked = corrupt(x0, t, noise, model.mask_id, model.mask_eps, maskable)
+    sigma = noise_level(t, model.mask_eps)  # (B,)
+    rows, feedback = None, None
+    if softmask is not None and bool(soft.any()):
+        rows, feedback = first_pass(model, softmask, xt, sigma, masked, soft)
+    hidden = denoise(model, xt, sigma, softmask, rows, feedback)  # (B, L, D), line 7
+    weights = (1 / t)[:, None].expand_as(x0)[masked]  # (N,)
+    loss = weighted_nll(model, hidden[masked], x0[masked], weights)  # line 8
+    if softmask is not None and feedback is None:
+        loss = loss + 0 * sum(p.sum() for p in softmask.parameters())
+    return loss
+
+
+def weighted_nll(model, rows: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
+    """sum_n weights_n * -log p(targets_n) of hidden rows (N, D), a scalar in float32.
+
+    Chunk by chunk: a chunk's gradient (p - onehot, in closed form) is taken while its logits are
+    at hand, so that no (N, V) tensor is kept or computed twice.
+    """
+    head = tuple(p for p in model.head.parameters() if p.requires_grad)
+    return _WeightedNLL.apply(model, targets, weights.float(), rows, *head)
+
+
+class _WeightedNLL(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, model, targets, weights, rows, *head):
+        total = torch.zeros((), device=rows.device)
+        d_rows, d_head = torch.empty_like(rows), [None] * len(head)
+        differentiate = any(ctx.needs_input_grad)
+        size = chunk_rows(model.vocab_size)
+        for start in range(0, len(rows), size):
+            c = slice(start, start + size)
+            with torch.set_grad_enabled(differentiate):
+                h = rows[c].detach().requires_grad_(differentiate)
+                z = model.logits(h)  # (C, V)
+            log_p = z.detach().float().log_softmax(-1)
+            total += -torch.dot(weights[c], log_p.gather(1, targets[c, None])[:, 0])
+            if not differentiate:
+                continue
+            dz = log_p.exp_()  # d(-log p(y))/dz = p - onehot(y)
+            dz.scatter_add_(1, targets[c, None], -torch.ones_like(dz[:, :1]))
+            dz = dz.mul_(weights[c, None]).to(z.dtype)
+            d_rows[c], *d_chunk = torch.autograd.grad(z, (h, *head), dz)
+            for i, d in enumerate(d_chunk):
+                d_head[i] = d if d_head[i] is None else d_head[i].add_(d)
+        d_head = [torch.zeros_like(p) if d is None else d for d, p in zip(d_head, head, strict=True)]
+        ctx.gradients = (d_rows, *d_head) if differentiate else ()
+        return total
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, g):
+        gradients, ctx.gradients = ctx.gradients, None  # scaled in place: good for one backward
+        return None, None, None, *(d.mul_(g) for d in gradients)
