@@ -1,6 +1,6 @@
 """Text to token tensors and back: tokenizers, corpora, batches.
 
-    python data.py --data PATH --tokenizer gpt2      # tokenize ahead of a run (train.py does it too)
+    python data.py --data PATH --tokenizer gpt2    # tokenize ahead of a run
 
 Every tokenizer is a `tiktoken.Encoding`: `gpt2`; `bytes`; and `stdlib`, a byte-level BPE of 2,048
 entries learned from the embedded corpus, the Python standard library's own source. A corpus is a
@@ -11,7 +11,6 @@ import argparse
 import base64
 import hashlib
 import json
-import os
 import sysconfig
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -31,8 +30,19 @@ BPE_ENTRIES = 2048
 GPT2_SPLIT = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 HELD_OUT = 20  # one document in 20 is held out
 LEFT_OUT = {
-    "test", "tests", "idlelib", "idle_test", "encodings", "site-packages", "dist-packages",
-    "ensurepip", "lib2to3", "pydoc_data", "turtledemo", "__pycache__", "_vendor",
+    "test",
+    "tests",
+    "idlelib",
+    "idle_test",
+    "encodings",
+    "site-packages",
+    "dist-packages",
+    "ensurepip",
+    "lib2to3",
+    "pydoc_data",
+    "turtledemo",
+    "__pycache__",
+    "_vendor",
 }
 
 
@@ -54,13 +64,13 @@ def gpt2_tokenizer() -> tiktoken.Encoding:
     except Exception as error:  # tiktoken lets its HTTP client's own errors through
         raise ValueError(
             "--tokenizer gpt2: its vocabulary is not cached and could not be downloaded "
-            f"({type(error).__name__}); set TIKTOKEN_CACHE_DIR to a folder that holds it, or choose "
-            "--tokenizer stdlib or bytes"
+            f"({type(error).__name__}); set TIKTOKEN_CACHE_DIR to a folder that "
+            "holds it, or choose --tokenizer stdlib or bytes"
         ) from None
 
 
 def learn_bpe(texts: Iterable[str], entries: int = BPE_ENTRIES) -> tiktoken.Encoding:
-    """A byte-level BPE of `entries` tokens, the last of them end-of-text, learned from the texts."""
+    """A byte-level BPE of `entries` tokens, the last one end-of-text, learned from the texts."""
     learner = tokenizers.Tokenizer(tokenizers.models.BPE())
     learner.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
@@ -153,7 +163,9 @@ class Source:
         h = hashlib.sha256()
         for file in self.files:
             stat = file.stat()
-            h.update(f"{file.relative_to(self.root)}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode())
+            h.update(
+                f"{file.relative_to(self.root)}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode()
+            )
         return h.hexdigest()
 
     def documents(self) -> Iterator[tuple[str, str]]:
@@ -256,8 +268,8 @@ class Corpus:
         have = self.meta["tokens"][split]
         if have < length:
             raise ValueError(
-                f"{self.meta['source']}: its {split} part has {have} tokens, a block takes {length}; "
-                "use more text or a smaller --block-size"
+                f"{self.meta['source']}: its {split} part has {have} tokens, a block takes {length}"
+                "; use more text or a smaller --block-size"
             )
 
     def batch(self, n: int, length: int, g: torch.Generator) -> Tensor:
@@ -271,11 +283,13 @@ class Corpus:
         stream = self.stream(split)
         n = len(stream) // length
         picks = np.arange(n) if not limit or limit >= n else np.arange(limit) * n // limit
-        return torch.from_numpy(np.stack([stream[i * length :][:length] for i in picks]).astype(np.int64))
+        return torch.from_numpy(
+            np.stack([stream[i * length :][:length] for i in picks]).astype(np.int64)
+        )
 
 
 def open_corpus(data: str | None, tokenizer: dict | str | None, cache: str = "corpora") -> Corpus:
-    """The corpus of --data (None: the standard library) in a tokenizer, built where it is not cached.
+    """The corpus of --data (None: the standard library) in a tokenizer, built if not cached.
 
     `tokenizer` is a name, or the spec in a checkpoint. A corpus whose sources or tokenizer have
     changed since is built again.
@@ -320,16 +334,22 @@ def _build(source: Source, spec: dict, folder: Path, fingerprint: str) -> dict:
         for split, text in bar:
             if not text:
                 continue
-            ids = encode(tokenizer, text) + [tokenizer.eot_token]
+            ids = [*encode(tokenizer, text), tokenizer.eot_token]
             out[split].write(np.array(ids, dtype=dtype).tobytes())
             counts[split] += len(ids)
             sizes[split] += len(text.encode())
     if not counts["train"]:
         raise ValueError(f"{source.root}: no text in it")
     meta = {
-        "source": str(source.root if source.name == "stdlib" or len(source.files) > 1 else source.files[0]),
-        "fingerprint": fingerprint, "tokenizer": tokenizer_spec(tokenizer), "blocks": "windows",
-        "dtype": dtype, "tokens": counts, "bytes": sizes,
+        "source": str(
+            source.root if source.name == "stdlib" or len(source.files) > 1 else source.files[0]
+        ),
+        "fingerprint": fingerprint,
+        "tokenizer": tokenizer_spec(tokenizer),
+        "blocks": "windows",
+        "dtype": dtype,
+        "tokens": counts,
+        "bytes": sizes,
     }
     with atomic_write(folder / "meta.json", "w") as f:
         json.dump(meta, f)
@@ -342,14 +362,16 @@ def main(args: argparse.Namespace) -> None:
     print(f"{corpus.folder}: tokenizer {corpus.tokenizer.name}, {vocab_size(corpus.tokenizer)} ids")
     for split in ("train", "val"):
         rate = sizes[split] / max(1, tokens[split])
-        print(f"{split:5} {tokens[split]:>12,} tokens {sizes[split]:>14,} bytes {rate:.2f} bytes a token")
+        print(
+            f"{split:5} {tokens[split]:>12,} tokens {sizes[split]:>14,} bytes {rate:.2f} bytes a token"
+        )
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(
         description="Tokenize a corpus.", formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    parser.add_argument("--data", help="text file, JSONL file or folder; default: the standard library")
+    parser.add_argument("--data", help="text, JSONL, folder; default: standard library")
     parser.add_argument("--tokenizer", default="stdlib", help="stdlib, gpt2 or bytes")
     parser.add_argument("--cache", default="corpora", help="folder of tokenized corpora")
     run(main, parser.parse_args())

@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from softmask import at_least_float32
+
 NEVER = -1e6  # the mask's logit: probability exactly 0, yet finite, so that 0 * log 0 is 0
 
 SIZES = {  # name: layers, heads, width, length
@@ -27,7 +29,7 @@ SIZES = {  # name: layers, heads, width, length
 
 @dataclass
 class DiTConfig:
-    """Sizes of a DiT. vocab_size counts the mask, which is the last id; block_size is the length L."""
+    """Sizes of a DiT. vocab_size counts the mask, the last id; block_size is the length L."""
 
     vocab_size: int
     block_size: int
@@ -54,7 +56,7 @@ def rotary_table(length: int, head_dim: int, base: float, device=None) -> tuple[
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary positions, half-split: pairs (x_i, x_{i + head_dim/2}) of x (..., L, heads, head_dim)."""
+    """Rotary positions: pairs (x_i, x_{i + head_dim/2}) of x (..., L, heads, head_dim)."""
     cos, sin = cos[:, None].to(x.dtype), sin[:, None].to(x.dtype)  # (L, 1, head_dim / 2)
     a, b = x.chunk(2, dim=-1)
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
@@ -84,10 +86,13 @@ class ModulatedNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(width))
 
     def forward(self, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-        size, shift, scale = x.shape[-1:], shift.float(), scale.float()
-        if len(shift) == 1:  # one modulation for all sequences is the norm's own weight and bias
-            return F.layer_norm(x.float(), size, self.weight * (1 + scale[0]), shift[0], 1e-5)
-        normed = F.layer_norm(x.float(), size, self.weight, None, 1e-5)
+        """x (B, L, D), shift and scale (B or 1, D); one modulation for all sequences folds into
+        the norm's own weight and bias."""
+        size = x.shape[-1:]
+        x, shift, scale = (at_least_float32(v) for v in (x, shift, scale))
+        if len(shift) == 1:
+            return F.layer_norm(x, size, self.weight * (1 + scale[0]), shift[0], 1e-5)
+        normed = F.layer_norm(x, size, self.weight, None, 1e-5)
         return torch.addcmul(shift[:, None], normed, 1 + scale[:, None])
 
 
@@ -162,6 +167,8 @@ class DiT(nn.Module):
             raise ValueError(f"{length} tokens; the network takes {self.config.block_size}")
         if not self.config.time_conditioning:
             sigma = torch.zeros(1, device=embeddings.device)  # one row serves the whole batch
+        elif sigma is None:
+            raise ValueError("a time-conditioned network needs sigma, one for each sequence")
         c = self.sigma_map(sigma)  # (B or 1, cond_dim)
         x, cos, sin = embeddings, self.cos[:length], self.sin[:length]
         for block in self.blocks:

@@ -6,7 +6,6 @@ the current step finish, errors of one line, progress bars.
 
 import contextlib
 import ctypes
-import errno
 import os
 import signal
 import sys
@@ -22,7 +21,9 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 def pick_device(name: str = "auto") -> torch.device:
     """`auto` is cuda, else mps, else cpu. ValueError for a device that is not there."""
     available = {
-        "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True
+        "cuda": torch.cuda.is_available(),
+        "mps": torch.backends.mps.is_available(),
+        "cpu": True,
     }
     if name == "auto":
         name = next(n for n, there in available.items() if there)
@@ -35,12 +36,17 @@ def pick_device(name: str = "auto") -> torch.device:
 
 
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:
-    """`auto` is bfloat16 on cuda and float32 elsewhere."""
+    """`auto` is bfloat16 where it is native (cuda, a CPU with AVX512-BF16), else float32."""
     if name == "auto":
-        return torch.bfloat16 if device.type == "cuda" else torch.float32
+        native = device.type == "cuda" or (device.type == "cpu" and _cpu_has_bfloat16())
+        return torch.bfloat16 if native else torch.float32
     if name not in DTYPES:
         raise ValueError(f"--dtype {name}: choose auto, {' or '.join(DTYPES)}")
     return DTYPES[name]
+
+
+def _cpu_has_bfloat16() -> bool:
+    return torch.cpu._is_avx512_bf16_supported()
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
@@ -62,6 +68,21 @@ def keep_freed_memory() -> None:
 def generator(seed: int) -> torch.Generator:
     """A CPU generator: the same numbers whatever the device of the model."""
     return torch.Generator().manual_seed(seed)
+
+
+def get_rng(device: torch.device) -> dict[str, torch.Tensor]:
+    """The state of PyTorch's own generators, which dropout draws from."""
+    rng = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        rng["cuda"] = torch.cuda.get_rng_state(device)
+    return rng
+
+
+def set_rng(rng: dict[str, torch.Tensor], device: torch.device) -> None:
+    """Put back what `get_rng` returned, as far as this device has such generators."""
+    torch.set_rng_state(rng["cpu"])
+    if device.type == "cuda" and "cuda" in rng:
+        torch.cuda.set_rng_state(rng["cuda"], device)
 
 
 def progress(iterable=None, **kwargs) -> tqdm:
@@ -88,8 +109,12 @@ def atomic_write(path: Path, mode: str = "wb") -> Iterator:
         os.replace(aside, path)
     except BaseException as error:
         aside.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-            raise OSError(f"{path}: no space left on the disk; free some, the old file is untouched")
+        cause = error
+        while cause is not None and not isinstance(cause, OSError):
+            cause = cause.__context__  # torch.save hides a full disk behind an error of its own
+        if cause is not None and cause.errno is not None:
+            reason = os.strerror(cause.errno)
+            raise OSError(f"{path}: cannot be written ({reason}); what was there is untouched")
         raise
 
 

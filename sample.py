@@ -4,13 +4,14 @@
     python sample.py --prompt "def fibonacci(n):" --nfe 32 --top-p 0.9
     python sample.py --infill "for [MASK] in range([MASK]):"
 
-One step: look (a pass over x_t, soft-masked by the feedback of the step before), choose which masked
-positions to open, draw their tokens, keep feedback for the masks that stay.
+One step: look (a pass over x_t, soft-masked by the feedback of the step before), choose which
+masked positions to open, draw their tokens, keep feedback for the masks that stay.
 """
 
 import argparse
 import json
 import time
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -53,8 +54,14 @@ class Decoding:
 
 @torch.no_grad()
 def generate(
-    model, x: Tensor, nfe: int, softmask: SoftMask | None = None, temperature: float = 1.0,
-    top_p: float = 1.0, seeds: list[int] | None = None, dtype: torch.dtype = torch.float32,
+    model,
+    x: Tensor,
+    nfe: int,
+    softmask: SoftMask | None = None,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    seeds: list[int] | None = None,
+    dtype: torch.dtype = torch.float32,
     on_step=None,
 ) -> tuple[Tensor, Decoding]:
     """MDLM's ancestral sampling (section 2.1, Eq. 1): fill the masks of x (B, L) in `nfe` steps.
@@ -64,8 +71,8 @@ def generate(
     not the mask never change. Feedback starts at the second step and is taken before temperature
     and nucleus. If masks remain, one more pass fills them by argmax; it is not counted as NFE.
     `seeds` holds one seed a row, so that a row does not depend on its batch. A binary step in which
-    nothing changed reuses the last pass. Returns the tokens (B, L) and a `Decoding`; `on_step(i, x)`
-    is called after every step.
+    nothing changed reuses the last pass. Returns the tokens (B, L) and a `Decoding`;
+    `on_step(i, x)` is called after every step.
     """
     if nfe < 1:
         raise ValueError(f"nfe = {nfe}: decoding takes at least one step")
@@ -81,7 +88,7 @@ def generate(
         with autocast(x.device, dtype):
             return denoise(model, x, sigma, softmask, rows, feedback).flatten(0, 1)
 
-    for i, (t, s) in enumerate(zip(times, times[1:], strict=False)):
+    for i, (t, s) in enumerate(pairwise(times)):
         masked = x == model.mask_id
         if not masked.any():
             break
@@ -119,7 +126,9 @@ def _feedback(model, softmask: SoftMask, rows: Tensor, dtype: torch.dtype) -> Fe
 def _uniform(generators: list, shape: tuple, counts: list[int] | None = None) -> Tensor:
     """float64 U(0, 1): (B, *shape), each row from its generator, or `counts` rows of each."""
     if counts is None:
-        return torch.stack([torch.rand(shape, generator=g, dtype=torch.float64) for g in generators])
+        return torch.stack(
+            [torch.rand(shape, generator=g, dtype=torch.float64) for g in generators]
+        )
     pairs = zip(generators, counts, strict=True)
     return torch.cat([torch.rand(n, *shape, generator=g, dtype=torch.float64) for g, n in pairs])
 
@@ -163,10 +172,20 @@ def main(args: argparse.Namespace) -> None:
     samples, passes, begin = [], 0, time.perf_counter()
     with progress(total=args.num * nfe, desc="decoding", unit=" steps") as bar:
         for first in range(0, args.num, args.batch_size):
-            seeds = [args.seed * 1_000_003 + i for i in range(first, min(first + args.batch_size, args.num))]
+            seeds = [
+                args.seed * 1_000_003 + i
+                for i in range(first, min(first + args.batch_size, args.num))
+            ]
             x, done = generate(
-                model, start.repeat(len(seeds), 1), nfe, softmask, args.temperature, args.top_p,
-                seeds, dtype, on_step=lambda i, x: bar.update(len(x)),
+                model,
+                start.repeat(len(seeds), 1),
+                nfe,
+                softmask,
+                args.temperature,
+                args.top_p,
+                seeds,
+                dtype,
+                on_step=lambda i, x: bar.update(len(x)),
             )
             passes += done.passes
             samples += x.tolist()
@@ -176,7 +195,10 @@ def main(args: argparse.Namespace) -> None:
         print(f"--- sample {i}\n{text}")
     if args.out:
         with atomic_write(args.out, "w") as f:
-            f.writelines(json.dumps({"text": t, "ids": i}) + "\n" for t, i in zip(texts, samples, strict=True))
+            f.writelines(
+                json.dumps({"text": t, "ids": i}) + "\n"
+                for t, i in zip(texts, samples, strict=True)
+            )
     filled = int((start == model.mask_id).sum()) * args.num
     batches = -(-args.num // args.batch_size)
     print(
@@ -194,7 +216,7 @@ def parser() -> argparse.ArgumentParser:
     g.add_argument("--num", type=int, default=1, help="samples")
     g.add_argument("--length", type=int, help="tokens of a sample; default: the network's length")
     g.add_argument("--prompt", default="", help="a prefix that stays")
-    g.add_argument("--infill", default="", help=f"a text whose {MASK_TEXT} are filled, a token each")
+    g.add_argument("--infill", default="", help=f"a text: each {MASK_TEXT} is filled")
     g.add_argument("--out", help="write the samples to this JSONL file too")
     g = p.add_argument_group("how")
     g.add_argument("--nfe", type=int, help="decoding steps; default: one a token")

@@ -8,7 +8,7 @@ The order is that of one training step (Algorithm 1): corrupt a text, predict (f
 the prediction into feedback, blend it in (Eq. 2), predict again (second pass), take the loss.
 
 A denoiser is any object with `embed(tokens)`, `embedding` (the (V, D) table), `hidden(embeddings,
-sigma)`, `logits(rows)`, `head` (the module behind `logits`), `mask_id`, `vocab_size` and `mask_eps`.
+sigma)`, `logits(rows)`, `head` (the module behind `logits`), `mask_id`, `vocab_size`, `mask_eps`.
 Letters in shapes: B batch, L length, D width, V vocabulary, k top-k, N gathered rows.
 """
 
@@ -27,7 +27,7 @@ CHUNK_ELEMENTS = 2**25  # elements of the largest (rows, V) float32 tensor: 128 
 
 
 def antithetic_times(u: Tensor, b_l: float = 0.0, b_h: float = 1.0) -> Tensor:
-    """Times t_i = (u_i + i)/n scaled to [b_l, b_h]: one a stratum, so that every batch covers all t.
+    """Times t_i = (u_i + i)/n scaled to [b_l, b_h]: every batch covers all of them evenly.
 
     u (n,) holds independent U(0, 1) numbers, n the sequences of the whole optimiser step.
     """
@@ -71,13 +71,17 @@ class Feedback(NamedTuple):
 
     ids (N, k) and weights (N, k): the top-k tokens v_i and pi_i, their renormalised probabilities.
     neg_entropy (N,): -H(p) in nats over the whole vocabulary.
-    mixed (N, D): for k = |V| the mean embedding sum_i p_i E[v_i] takes the place of ids and weights.
+    mixed (N, D): for k = |V| the mean embedding sum_i p_i E[v_i] replaces ids and weights.
     """
 
     ids: Tensor | None
     weights: Tensor | None
     neg_entropy: Tensor
     mixed: Tensor | None = None
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
 
 
 def chunk_rows(vocab_size: int) -> int:
@@ -89,7 +93,7 @@ def top_k(values: Tensor, k: int, block: int = 64) -> tuple[Tensor, Tensor]:
     """`values.topk(k)` of (N, V), sooner: the k largest lie in the k blocks of largest maximum."""
     n, v = values.shape
     whole = v - v % block
-    if whole // block <= 4 * k or v <= 4096:
+    if n == 0 or whole // block <= 4 * k or v <= 4096:
         return values.topk(k, dim=-1)
     blocks = values[:, :whole].view(n, -1, block).amax(-1).topk(k).indices  # (N, k)
     ids = (blocks[..., None] * block + torch.arange(block, device=values.device)).flatten(1)
@@ -119,8 +123,12 @@ class SoftMask(nn.Module):
         self.raw_b = nn.Parameter(torch.zeros(()))
         if k is None:
             self.raw_tau = nn.Parameter(torch.zeros(()))
-        lower_bound = min(lower_bound, -1e-3)
-        self.set_omegas(omega_s, -10 / lower_bound, lower_bound / 2, tau=1.0)
+        self.start(omega_s, lower_bound)
+
+    def start(self, omega_s: float, lower_bound: float) -> None:
+        """Appendix A.2's start from LB, the 5 % quantile of -H in nats."""
+        lb = min(lower_bound, -1e-3)
+        self.set_omegas(omega_s, omega_a=-10 / lb, omega_b=lb / 2)
 
     @torch.no_grad()
     def set_omegas(self, omega_s: float, omega_a: float, omega_b: float, tau: float = 1.0) -> None:
@@ -172,7 +180,9 @@ class SoftMask(nn.Module):
         chunks = rows.detach().split(chunk_rows(model.vocab_size))
         if self.k is None:
             parts = [
-                checkpoint(_mix_vocabulary, model, h, self.tau, model.embedding, use_reentrant=False)
+                checkpoint(
+                    _mix_vocabulary, model, h, self.tau, model.embedding, use_reentrant=False
+                )
                 for h in chunks
             ]
             return Feedback(None, None, *(torch.cat(p) for p in zip(*parts, strict=True)))
@@ -181,7 +191,12 @@ class SoftMask(nn.Module):
         return Feedback(*(torch.cat(p) for p in zip(*parts, strict=True)))
 
     def forward(
-        self, embeddings: Tensor, rows: Tensor, feedback: Feedback, table: Tensor, mask_id: int,
+        self,
+        embeddings: Tensor,
+        rows: Tensor,
+        feedback: Feedback,
+        table: Tensor,
+        mask_id: int,
         scale: Tensor | float = 1.0,
     ) -> Tensor:
         """Section 3.1's sm(): blend the feedback into the embeddings at `rows`, leave the others.
@@ -191,10 +206,10 @@ class SoftMask(nn.Module):
         """
         candidates = feedback.mixed
         if candidates is None:
-            vectors = F.embedding(feedback.ids, table)  # (N, k, D)
-            candidates = torch.einsum("nk,nkd->nd", feedback.weights.to(table.dtype), vectors)
-        lam = (scale * self.lam(feedback.neg_entropy))[:, None].to(table.dtype)  # (N, 1)
-        soft = (1 - lam) * table[mask_id] + lam * candidates  # (N, D)
+            vectors = at_least_float32(F.embedding(feedback.ids, table))  # (N, k, D)
+            candidates = torch.einsum("nk,nkd->nd", feedback.weights.to(vectors.dtype), vectors)
+        lam = (scale * self.lam(feedback.neg_entropy))[:, None]  # (N, 1)
+        soft = (1 - lam) * at_least_float32(table[mask_id]) + lam * candidates  # (N, D), in float32
         flat = embeddings.flatten(0, 1).index_copy(0, rows, soft.to(embeddings.dtype))
         return flat.view_as(embeddings)
 
@@ -204,7 +219,7 @@ def _inverse_softplus(y: float) -> float:
 
 
 def _top_k_feedback(model, rows: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
-    log_p = model.logits(rows).float().log_softmax(-1)  # (N, V)
+    log_p = at_least_float32(model.logits(rows)).log_softmax(-1)  # (N, V)
     top, ids = top_k(log_p, k)
     pi = top.softmax(-1)  # exp(log p_i) / sum over the top k
     return ids, pi, torch.linalg.vecdot(log_p.exp(), log_p)
@@ -212,13 +227,15 @@ def _top_k_feedback(model, rows: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor
 
 def _mix_vocabulary(model, rows: Tensor, tau: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
     with torch.no_grad():
-        z = model.logits(rows).float()  # (N, V)
+        z = at_least_float32(model.logits(rows))  # (N, V)
     log_p = (z / tau).log_softmax(-1)
     p = log_p.exp()
     return torch.linalg.vecdot(p, log_p), p.to(table.dtype) @ table
 
 
-def schedule_scale(t: float, kind: str = "none", order: str = "sm-binary", switch: float = 0.5) -> float:
+def schedule_scale(
+    t: float, kind: str = "none", order: str = "sm-binary", switch: float = 0.5
+) -> float:
     """Appendix B.4: the factor of lambda at time t = t/T, which falls from 1 to 0 in decoding.
 
     `linear` fades SM out ("sm-binary": t) or in ("binary-sm": 1 - t); `step` switches it off below
@@ -227,28 +244,27 @@ def schedule_scale(t: float, kind: str = "none", order: str = "sm-binary", switc
     if kind == "none":
         return 1.0
     if kind not in ("linear", "step") or order not in ("sm-binary", "binary-sm"):
-        raise ValueError(f"schedule {kind!r}, {order!r}: none, linear or step; sm-binary or binary-sm")
+        raise ValueError(
+            f"schedule {kind!r}, {order!r}: none, linear or step; sm-binary or binary-sm"
+        )
     if kind == "linear":
         return t if order == "sm-binary" else 1 - t
     return float(t >= switch) if order == "sm-binary" else float(t <= switch)
-
-
-@torch.no_grad()
-def entropy_quantile(model, x0: Tensor, t: Tensor, noise: Tensor, share: float) -> float:
-    """LB of appendix A.2: the `share` quantile of -H (nats) at the masked positions of x_t."""
-    xt, masked = corrupt(x0, t, noise, model.mask_id, model.mask_eps)
-    rows = denoise(model, xt, noise_level(t, model.mask_eps))[masked]  # (N, D)
-    return SoftMask(1).feedback(model, rows).neg_entropy.quantile(share).item()
 
 
 # Section 3.2: the two passes and the loss
 
 
 def denoise(
-    model, xt: Tensor, sigma: Tensor, softmask: SoftMask | None = None, rows: Tensor | None = None,
-    feedback: Feedback | None = None, scale: Tensor | float = 1.0,
+    model,
+    xt: Tensor,
+    sigma: Tensor,
+    softmask: SoftMask | None = None,
+    rows: Tensor | None = None,
+    feedback: Feedback | None = None,
+    scale: Tensor | float = 1.0,
 ) -> Tensor:
-    """One pass g_theta over x_t (B, L), soft-masked at `rows` where there is feedback: (B, L, D)."""
+    """One pass g_theta over x_t (B, L), soft-masked at `rows` if there is feedback: (B, L, D)."""
     embeddings = model.embed(xt)  # (B, L, D)
     if feedback is not None:
         embeddings = softmask(embeddings, rows, feedback, model.embedding, model.mask_id, scale)
@@ -268,6 +284,14 @@ def first_pass(
     return rows, softmask.feedback(model, hidden)
 
 
+@torch.no_grad()
+def entropy_quantile(model, x0: Tensor, t: Tensor, noise: Tensor, share: float) -> float:
+    """LB of appendix A.2: the `share` quantile of -H (nats) at the masked positions of x_t."""
+    xt, masked = corrupt(x0, t, noise, model.mask_id, model.mask_eps)
+    rows = denoise(model, xt, noise_level(t, model.mask_eps))[masked]  # (N, D)
+    return SoftMask(1).feedback(model, rows).neg_entropy.quantile(share).item()
+
+
 def soft_sequences(u: float, n: int, p_sm: float) -> Tensor:
     """Which of n sequences get the first pass, bool (n,): each with probability p_sm.
 
@@ -279,18 +303,24 @@ def soft_sequences(u: float, n: int, p_sm: float) -> Tensor:
 
 
 def diffusion_loss(
-    model, x0: Tensor, t: Tensor, noise: Tensor, softmask: SoftMask | None = None,
-    soft: Tensor | None = None, maskable: Tensor | None = None,
+    model,
+    x0: Tensor,
+    t: Tensor,
+    noise: Tensor,
+    softmask: SoftMask | None = None,
+    soft: Tensor | None = None,
+    maskable: Tensor | None = None,
 ) -> Tensor:
     """Algorithm 1, lines 4 to 8: sum over masked positions of -log p(x0_l) / t, in nats.
 
-    x0 (B, L), t (B,), noise (B, L) in U(0, 1), soft bool (B,): the sequences that get two passes
-    (none without `softmask`: the binary baseline). The caller divides by its number of tokens; the
-    expectation of the sum over t ~ U(0, 1) is the NELBO of the batch.
+    x0 (B, L), t (B,), noise (B, L) in U(0, 1), soft bool (B,): the sequences that get two passes,
+    by default all (without `softmask` none: the binary baseline). The caller divides by its number
+    of tokens; the expectation of the sum over t ~ U(0, 1) is the NELBO of the batch.
     """
     xt, masked = corrupt(x0, t, noise, model.mask_id, model.mask_eps, maskable)
     sigma = noise_level(t, model.mask_eps)  # (B,)
     rows, feedback = None, None
+    soft = torch.ones_like(t, dtype=torch.bool) if soft is None else soft
     if softmask is not None and bool(soft.any()):
         rows, feedback = first_pass(model, softmask, xt, sigma, masked, soft)
     hidden = denoise(model, xt, sigma, softmask, rows, feedback)  # (B, L, D), line 7
@@ -308,15 +338,16 @@ def weighted_nll(model, rows: Tensor, targets: Tensor, weights: Tensor) -> Tenso
     at hand, so that no (N, V) tensor is kept or computed twice.
     """
     head = tuple(p for p in model.head.parameters() if p.requires_grad)
-    return _WeightedNLL.apply(model, targets, weights.float(), rows, *head)
+    grad = torch.is_grad_enabled()
+    return _WeightedNLL.apply(model, grad, targets, weights.float(), rows, *head)
 
 
 class _WeightedNLL(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, model, targets, weights, rows, *head):
+    def forward(ctx, model, grad, targets, weights, rows, *head):
         total = torch.zeros((), device=rows.device)
         d_rows, d_head = torch.empty_like(rows), [None] * len(head)
-        differentiate = any(ctx.needs_input_grad)
+        differentiate = grad and any(ctx.needs_input_grad)
         size = chunk_rows(model.vocab_size)
         for start in range(0, len(rows), size):
             c = slice(start, start + size)
@@ -333,12 +364,16 @@ class _WeightedNLL(torch.autograd.Function):
             d_rows[c], *d_chunk = torch.autograd.grad(z, (h, *head), dz)
             for i, d in enumerate(d_chunk):
                 d_head[i] = d if d_head[i] is None else d_head[i].add_(d)
-        d_head = [torch.zeros_like(p) if d is None else d for d, p in zip(d_head, head, strict=True)]
+        d_head = [
+            torch.zeros_like(p) if d is None else d for d, p in zip(d_head, head, strict=True)
+        ]
         ctx.gradients = (d_rows, *d_head) if differentiate else ()
         return total
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, g):
-        gradients, ctx.gradients = ctx.gradients, None  # scaled in place: good for one backward
-        return None, None, None, *(d.mul_(g) for d in gradients)
+        gradients, ctx.gradients = ctx.gradients, None  # scaled in place
+        if gradients is None:
+            raise RuntimeError("weighted_nll: one backward pass for each forward pass")
+        return None, None, None, None, *(d.mul_(g) for d in gradients)

@@ -13,7 +13,9 @@ import math
 import signal
 import sys
 import time
+from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -22,22 +24,40 @@ from torch import Tensor, nn
 from data import Corpus, decode, open_corpus, token_bytes, vocab_size
 from model import SIZES, DiT, DiTConfig
 from runtime import (
-    StopSignal, atomic_write, autocast, generator, pick_device, pick_dtype, progress, run,
+    StopSignal,
+    atomic_write,
+    autocast,
+    generator,
+    get_rng,
+    pick_device,
+    pick_dtype,
+    progress,
+    run,
+    set_rng,
     writable_folder,
 )
 from sample import generate
-from softmask import SoftMask, antithetic_times, diffusion_loss, entropy_quantile, soft_sequences
+from softmask import (
+    SoftMask,
+    antithetic_times,
+    diffusion_loss,
+    entropy_quantile,
+    soft_sequences,
+)
 from weights import build_model, build_softmask, load_checkpoint, save_checkpoint
 
-EVAL_BATCH = 32  # sequences of a validation batch: times are stratified within it
-EVAL_SEED = 1234  # the masks of validation are the same in every run
-B_L, B_H = 1e-3, 1.0  # times of pretraining and validation
+EVAL_BATCH = 32  # sequences of a validation batch: its times are stratified
+EVAL_SEED = 1234  # the same masks in every validation of every run
+B_L, B_H = 1e-3, 1.0  # the times of pretraining and validation
+
+
+# The run: what is trained, and what a checkpoint keeps of it
 
 
 class EMA:
-    """Moving average of the parameters: shadow -= (1 - d)(shadow - p), d = min(decay, (1+n)/(10+n))."""
+    """Moving average: shadow -= (1 - d)(shadow - p), d = min(decay, (1 + n)/(10 + n))."""
 
-    def __init__(self, parameters, decay: float):
+    def __init__(self, parameters: Iterator[nn.Parameter], decay: float):
         self.parameters = list(parameters)
         self.decay, self.updates = decay, 0
         self.shadow = [p.detach().clone() for p in self.parameters]
@@ -49,8 +69,8 @@ class EMA:
         torch._foreach_lerp_(self.shadow, self.parameters, 1 - d)
 
     @contextmanager
-    def applied(self):
-        """Within this context the parameters are the averages."""
+    def applied(self) -> Iterator[None]:
+        """Within this context the parameters are their averages."""
         own = [p.data for p in self.parameters]
         try:
             for p, shadow in zip(self.parameters, self.shadow, strict=True):
@@ -61,300 +81,358 @@ class EMA:
                 p.data = data
 
 
+@dataclass
+class Run:
+    """Everything a training run changes or is made of. `g`, a CPU generator, draws data, times,
+    masks and soft-masked sequences; dropout draws from PyTorch's own generators."""
+
+    args: argparse.Namespace
+    device: torch.device
+    dtype: torch.dtype
+    corpus: Corpus
+    model: nn.Module
+    softmask: SoftMask | None
+    ema: EMA
+    optimizer: torch.optim.Optimizer
+    g: torch.Generator
+    step: int = 0
+
+    def save(self, out: Path) -> None:
+        state = {
+            "config": self.model.config.to_dict(),
+            "model": self.model.state_dict(),
+            "ema": self.ema.shadow,
+            "updates": self.ema.updates,
+            "softmask": None,
+            "optimizer": self.optimizer.state_dict(),
+            "step": self.step,
+            "generator": self.g.get_state(),
+            "rng": [get_rng(self.device)],
+            "tokenizer": self.corpus.meta["tokenizer"],
+            "args": saved_args(self.args),
+        }
+        if self.softmask is not None:
+            state["softmask"] = {"k": self.softmask.k, "state": self.softmask.state_dict()}
+        save_checkpoint(out, state, self.softmask)
+
+    def restore(self, state: dict) -> None:
+        """Continue where `state` was saved; the weights are in place already."""
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.ema.updates = state["updates"]
+        for shadow, saved in zip(self.ema.shadow, state["ema"], strict=True):
+            shadow.copy_(saved)
+        self.g.set_state(state["generator"])
+        set_rng(state["rng"][0], self.device)
+        self.step = state["step"]
+
+
+def set_up(args: argparse.Namespace) -> Run:
+    """Corpus, network, soft mask and optimiser: new, from --init's weights, or of a stopped run."""
+    device = pick_device(args.device)
+    dtype = pick_dtype(args.dtype, device)
+    init = load_checkpoint(args.init, "--init") if args.init and not args.state else None
+    source = args.state or init
+    if init and args.tokenizer not in (None, init["tokenizer"]["name"]):
+        made_with = init["tokenizer"]["name"]
+        raise ValueError(f"--tokenizer {args.tokenizer}: --init was made with {made_with}")
+    corpus = open_corpus(args.data, source["tokenizer"] if source else args.tokenizer, args.cache)
+    k = parse_k(args.k, vocab_size(corpus.tokenizer))
+
+    torch.manual_seed(args.seed)
+    if source:
+        conditioning = args.time_conditioning or source["config"]["time_conditioning"]
+        model = build_model(source, ema=False, dropout=args.dropout, time_conditioning=conditioning)
+    else:
+        sizes = dict(SIZES[args.config])
+        sizes["block_size"] = args.block_size or sizes["block_size"]
+        model = DiT(
+            DiTConfig(
+                vocab_size(corpus.tokenizer),
+                dropout=args.dropout,
+                time_conditioning=args.time_conditioning,
+                **sizes,
+            )
+        )
+    args.block_size = args.block_size or model.config.block_size
+    if args.block_size > model.config.block_size:
+        limit = model.config.block_size
+        raise ValueError(f"--block-size {args.block_size}: the network takes {limit}")
+    for split in ("train", "val"):
+        corpus.need(split, args.block_size)
+    model.to(device).train()
+
+    softmask = build_softmask(source) if source and args.sm else None
+    inherited = softmask is not None
+    if args.sm and not inherited:
+        softmask = SoftMask(k, args.omega_s)
+    groups = [{"params": list(model.parameters()), "peak": args.lr}]
+    if softmask is not None:
+        softmask.to(device)
+        groups.append({"params": list(softmask.parameters()), "peak": args.lr_sm})
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, args.beta2), weight_decay=0.0, fused=True)
+    ema = EMA(model.parameters(), args.ema)
+    whole = Run(args, device, dtype, corpus, model, softmask, ema, optimizer, generator(args.seed))
+    if args.state:
+        whole.restore(args.state)
+        for group, peak in zip(optimizer.param_groups, (args.lr, args.lr_sm)):
+            group["peak"] = peak
+        args.state = None
+    elif init and args.sm and not inherited:
+        start_omegas(whole)
+    if args.compile:
+        model.hidden = torch.compile(model.hidden)
+    return whole
+
+
+def parse_k(text: str, size: int) -> int | None:
+    if text == "V":
+        return None
+    if not text.isdecimal() or not 1 <= int(text) <= size:
+        raise ValueError(f"--k {text}: from 1 to the vocabulary's {size}, or V for all of it")
+    return int(text)
+
+
+def start_omegas(r: Run) -> None:
+    """Start the omegas where the network stands (appendix A.2): LB is measured on 64 held-out
+    sequences at training times."""
+    blocks = r.corpus.blocks("val", r.args.block_size, 64)
+    g = generator(EVAL_SEED)
+    t = antithetic_times(torch.rand(len(blocks), generator=g), r.args.b_l, r.args.b_h)
+    noise = torch.rand(blocks.shape, generator=g)
+    blocks, t, noise = (v.to(r.device) for v in (blocks, t, noise))
+    r.model.eval()
+    with autocast(r.device, r.dtype):
+        r.softmask.start(r.args.omega_s, entropy_quantile(r.model, blocks, t, noise, 0.05))
+    r.model.train()
+
+
+# Algorithm 1
+
+
 def learning_rate(step: int, steps: int, warmup: int, decay: float) -> float:
-    """The factor of both learning rates at `step` (from 0): linear warm-up, constant, and over the
-    last `decay` share of the steps a linear fall towards 0."""
+    """The factor of both learning rates at `step` (from 0): linear warm-up, then constant, and over
+    the last `decay` share of all steps a linear fall towards 0."""
     rise = (step + 1) / warmup if step < warmup else 1.0
     fall = (steps - step) / (decay * steps) if decay > 0 else 1.0
     return min(rise, fall, 1.0)
 
 
-def training_step(
-    model, softmask: SoftMask | None, corpus: Corpus, g: torch.Generator, args, device, dtype
-) -> Tensor:
-    """Gradients of one global batch: draws everything from g, accumulates, returns the loss (nats a
-    token). g alone decides data, times, masks and soft-masked sequences."""
-    n = args.batch_size * args.grad_accum
-    x0 = corpus.batch(n, args.block_size, g)  # (n, L)
-    t = antithetic_times(torch.rand(n, generator=g), args.b_l, args.b_h)  # (n,)
-    noise = torch.rand(n, args.block_size, generator=g)
+def training_step(r: Run) -> tuple[float, float]:
+    """One step of Algorithm 1 over a global batch: the loss (nats a token) and the gradient norm.
+
+    A ValueError, before anything is changed, where either is not finite.
+    """
+    a, g = r.args, r.g
+    if r.softmask is not None and r.step == a.sm_start > 0:
+        start_omegas(r)
+    n = a.batch_size * a.grad_accum
+    x0 = r.corpus.batch(n, a.block_size, g)  # (n, L), line 2
+    t = antithetic_times(torch.rand(n, generator=g), a.b_l, a.b_h)  # (n,), line 3
+    noise = torch.rand(n, a.block_size, generator=g)
     u = torch.rand((), generator=g, dtype=torch.float64).item()
-    soft = soft_sequences(u, n, args.p_sm)  # (n,)
-    loss = torch.zeros((), device=device)
-    for part in range(args.grad_accum):
-        x, time_, noise_, soft_ = (v[part :: args.grad_accum].to(device) for v in (x0, t, noise, soft))
-        with autocast(device, dtype):
-            part_loss = diffusion_loss(model, x, time_, noise_, softmask, soft_) / x0.numel()
-        part_loss.backward()
-        loss += part_loss.detach()
-    return loss
+    soft = soft_sequences(u, n, a.p_sm if r.step >= a.sm_start else 0.0)  # (n,)
+    loss = 0.0
+    for i in range(a.grad_accum):
+        share = [v[i :: a.grad_accum].to(r.device) for v in (x0, t, noise, soft)]
+        with autocast(r.device, r.dtype):
+            part = diffusion_loss(r.model, *share[:3], r.softmask, share[3]) / x0.numel()
+        part.backward()
+        loss += part.item()
+    parameters = [p for group in r.optimizer.param_groups for p in group["params"]]
+    norm = nn.utils.clip_grad_norm_(parameters, a.clip).item()
+    if not (math.isfinite(loss) and math.isfinite(norm)):
+        raise ValueError(f"loss {loss}, gradient norm {norm} at step {r.step + 1}")
+    factor = learning_rate(r.step, a.steps, a.warmup, a.decay)
+    for group in r.optimizer.param_groups:
+        group["lr"] = group["peak"] * factor
+    r.optimizer.step()  # line 9
+    r.optimizer.zero_grad(set_to_none=True)
+    r.ema.update()
+    r.step += 1
+    return loss, norm
+
+
+# Validation
 
 
 @torch.no_grad()
-def nelbo(
-    model, blocks: Tensor, softmask: SoftMask | None, passes: int, device, dtype, desc: str = ""
-) -> tuple[float, float]:
+def nelbo(model, blocks: Tensor, softmask: SoftMask | None, device, dtype) -> tuple[float, float]:
     """NELBO in nats a token over blocks (n, L), and its standard error over batches.
 
-    Two passes soft-mask every sequence, one pass none. Times and masks depend on the blocks' number
-    and shape alone, so that models can be compared.
+    With a soft mask every sequence takes two passes, without one. Times and masks depend on the
+    number and shape of the blocks alone, so that models can be compared.
     """
+    training = model.training
     model.eval()
     g = generator(EVAL_SEED)
     sums, counts = [], []
-    for x0 in progress(blocks.split(EVAL_BATCH), desc=desc or "validating", leave=False):
-        n = len(x0)
-        t = antithetic_times(torch.rand(n, generator=g), B_L, B_H).to(device)
-        noise = torch.rand(x0.shape, generator=g).to(device)
-        soft = torch.ones(n, dtype=torch.bool, device=device)
+    for x0 in progress(blocks.split(EVAL_BATCH), desc="validating", leave=False):
+        t = antithetic_times(torch.rand(len(x0), generator=g), B_L, B_H)
+        noise = torch.rand(x0.shape, generator=g)
+        soft = torch.ones(len(x0), dtype=torch.bool)
+        x0, t, noise, soft = (v.to(device) for v in (x0, t, noise, soft))
         with autocast(device, dtype):
-            head = softmask if passes == 2 else None
-            loss = diffusion_loss(model, x0.to(device), t, noise, head, soft)
-        sums.append(loss.item())
+            sums.append(diffusion_loss(model, x0, t, noise, softmask, soft).item())
         counts.append(x0.numel())
-    model.train()
-    mean = sum(sums) / sum(counts)
-    n = len(sums)
-    spread = sum((s / c - mean) ** 2 for s, c in zip(sums, counts, strict=True))
+    model.train(training)
+    mean, n = sum(sums) / sum(counts), len(sums)
+    spread = sum((s / c - mean) ** 2 for s, c in zip(sums, counts))
     return mean, math.sqrt(spread / (n * (n - 1))) if n > 1 else math.nan
 
 
-def bits_per_byte(nats_per_token: float, blocks: Tensor, sizes: Tensor) -> float:
-    """From nats a token of blocks (n, L) to bits per UTF-8 byte of their text."""
-    return nats_per_token * blocks.numel() / (int(sizes[blocks].sum()) * math.log(2))
+def bits_per_byte(nats: float, blocks: Tensor, sizes: Tensor) -> float:
+    """From nats a token of blocks (n, L) to bits a UTF-8 byte; sizes (V,) from `token_bytes`."""
+    return nats * blocks.numel() / (int(sizes[blocks].sum()) * math.log(2))
 
 
-def validate(model, softmask, ema, blocks, device, dtype) -> dict[str, float]:
-    """Validation NELBO with EMA weights: one pass, and for a soft-masked model two."""
-    with ema.applied():
-        scores = {"val_nelbo_1pass": nelbo(model, blocks, None, 1, device, dtype)[0]}
-        if softmask is not None:
-            scores["val_nelbo_2pass"] = nelbo(model, blocks, softmask, 2, device, dtype)[0]
+def validate(r: Run, blocks: Tensor) -> dict[str, float]:
+    """Validation NELBO with EMA weights: in one pass, and soft-masked in two."""
+    with r.ema.applied():
+        scores = {"val_nelbo_1pass": nelbo(r.model, blocks, None, r.device, r.dtype)[0]}
+        if r.softmask is not None:
+            two = nelbo(r.model, blocks, r.softmask, r.device, r.dtype)[0]
+            scores["val_nelbo_2pass"] = two
     return scores
 
 
-def start_omegas(model, k: int | None, corpus: Corpus, args, device, dtype) -> SoftMask:
-    """A new soft mask. Over a trained model LB is measured on 64 held-out sequences at training
-    times; from scratch it is the paper's -1.5."""
-    if not args.init:
-        return SoftMask(k, args.omega_s)
-    blocks = corpus.blocks("val", args.block_size, 64).to(device)
-    g = generator(EVAL_SEED)
-    t = antithetic_times(torch.rand(len(blocks), generator=g), args.b_l, args.b_h).to(device)
-    noise = torch.rand(blocks.shape, generator=g).to(device)
-    model.eval()
-    with autocast(device, dtype):
-        bound = entropy_quantile(model, blocks, t, noise, 0.05)
-    model.train()
-    return SoftMask(k, args.omega_s, bound)
-
-
-def metrics_up_to(path: Path, step: int) -> list[str]:
-    """The lines of metrics.jsonl that a checkpoint at `step` knows of; half a line is dropped."""
-    lines = path.read_text().splitlines() if path.exists() else []
-    kept = []
-    for line in lines:
-        try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line + "\n")
-        except (ValueError, KeyError, TypeError):
-            pass
-    return kept
-
-
-def main(args: argparse.Namespace) -> int:
-    device = pick_device(args.device)
-    dtype = pick_dtype(args.dtype, device)
-    check(args)
-    k = None if args.k in ("V", "all") else int(args.k)
-    state = args.state
-    init = load_checkpoint(args.init, "--init") if args.init and not state else None
-    source = state or init
-    if (Path(args.out) / "ckpt.pt").exists() and not (state or args.overwrite):
-        raise ValueError(
-            f"--out {args.out}: holds a run; go on with it by --resume, start it over by --overwrite, "
-            "or choose another folder"
-        )
-    out = writable_folder(args.out, "--out")
-
-    corpus = open_corpus(args.data, source["tokenizer"] if source else args.tokenizer, args.cache)
-    if init and args.tokenizer not in (None, source["tokenizer"]["name"]):
-        raise ValueError(
-            f"--tokenizer {args.tokenizer}: the checkpoint was made with {source['tokenizer']['name']}"
-        )
-    size = vocab_size(corpus.tokenizer)
-    if k is not None and not 1 <= k <= size:
-        raise ValueError(f"--k {args.k}: from 1 to the vocabulary's {size}, or V for all of it")
-
-    torch.manual_seed(args.seed)
-    if source:
-        changes = {"dropout": args.dropout}
-        if args.time_conditioning:
-            changes["time_conditioning"] = True
-        model = build_model(source, ema=False, **changes)
-        args.block_size = args.block_size or model.config.block_size
-    else:
-        sizes = dict(SIZES[args.config or "cpu"])
-        args.block_size = sizes["block_size"] = args.block_size or sizes["block_size"]
-        model = DiT(DiTConfig(size, dropout=args.dropout, time_conditioning=args.time_conditioning, **sizes))
-    if args.block_size > model.config.block_size:
-        raise ValueError(f"--block-size {args.block_size}: the network takes {model.config.block_size}")
-    for split in ("train", "val"):
-        corpus.need(split, args.block_size)
-    model.to(device).train()
-
-    softmask = None
-    if state:
-        softmask = build_softmask(state)
-    elif args.sm:
-        softmask = build_softmask(init) if init else None
-        softmask = softmask or start_omegas(model, k, corpus, args, device, dtype)
-    if softmask is not None:
-        softmask.to(device)
-    ema = EMA(model.parameters(), args.ema)
-    groups = [{"params": list(model.parameters()), "peak": args.lr}]
-    if softmask is not None:
-        groups.append({"params": list(softmask.parameters()), "peak": args.lr_sm})
-    parameters = [p for group in groups for p in group["params"]]
-    optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.999), weight_decay=0.0, fused=True)
-
-    g, step = generator(args.seed), 0
-    if state:
-        step = state["step"]
-        optimizer.load_state_dict(state["optimizer"])
-        for group, peak in zip(optimizer.param_groups, (args.lr, args.lr_sm), strict=False):
-            group["peak"] = peak
-        ema.updates = state["updates"]
-        for shadow, saved in zip(ema.shadow, state["ema"], strict=True):
-            shadow.copy_(saved)
-        g.set_state(state["generator"])
-        set_rng(state["rng"][0], device)
-    if args.compile:
-        model.hidden = torch.compile(model.hidden)
-
-    blocks = corpus.blocks("val", args.block_size, args.eval_batches * EVAL_BATCH)
-    sizes = token_bytes(corpus.tokenizer)
-    metrics_path = out / "metrics.jsonl"
-    with atomic_write(metrics_path, "w") as f:
-        f.writelines(metrics_up_to(metrics_path, step) if state else [])
-    metrics = open(metrics_path, "a", buffering=1)
-
-    def log(**entry) -> None:
-        metrics.write(json.dumps(entry) + "\n")
-
-    def save() -> None:
-        save_checkpoint(out, {
-            "config": model.config.to_dict(), "model": model.state_dict(), "ema": ema.shadow,
-            "updates": ema.updates, "step": step, "optimizer": optimizer.state_dict(),
-            "softmask": softmask and {"k": softmask.k, "state": softmask.state_dict()},
-            "generator": g.get_state(), "rng": [get_rng(device)],
-            "tokenizer": corpus.meta["tokenizer"], "args": saved_args(args),
-        }, softmask)
-
-    def evaluate() -> dict[str, float]:
-        scores = validate(model, softmask, ema, blocks, device, dtype)
-        log(step=step, **scores)
-        best = scores.get("val_nelbo_2pass", scores["val_nelbo_1pass"])
-        bar.write(
-            f"step {step}: validation NELBO {best:.4f} nats a token, perplexity {math.exp(best):.2f}, "
-            f"{bits_per_byte(best, blocks, sizes):.4f} bits per byte"
-            + (f"; in one pass {scores['val_nelbo_1pass']:.4f}" if softmask is not None else ""),
-            file=sys.stdout,
-        )
-        sys.stdout.flush()
-        return scores
-
-    count = sum(p.numel() for p in model.parameters())
-    print(
-        f"{count:,} parameters, {corpus.meta['tokens']['train']:,} training tokens, vocabulary {size}, "
-        f"{'soft-masked, k ' + str(args.k) if softmask is not None else 'binary'}, {device.type} {dtype}".replace("torch.", "")
-    )
-    tokens = args.batch_size * args.grad_accum * args.block_size
-    scores, since, since_step = None, time.perf_counter(), step
-    with StopSignal() as stop, progress(total=args.steps, initial=step, desc="training") as bar:
-        if init:
-            evaluate()
-        while step < args.steps:
-            factor = learning_rate(step, args.steps, args.warmup, args.decay)
-            for group in optimizer.param_groups:
-                group["lr"] = group["peak"] * factor
-            loss = training_step(model, softmask, corpus, g, args, device, dtype)
-            norm = nn.utils.clip_grad_norm_(parameters, args.clip)
-            if not math.isfinite(loss.item()) or not math.isfinite(norm.item()):
-                kept = f"{out / 'ckpt.pt'} still holds the last save" if (out / "ckpt.pt").exists() else "nothing was saved yet"
-                raise ValueError(
-                    f"--out {out}: loss {loss.item()}, gradient norm {norm.item()} at step {step + 1}; "
-                    f"{kept}; try a lower --lr, a lower --clip or --dtype float32"
-                )
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            ema.update()
-            step += 1
-            bar.update()
-            if step % args.log_every == 0 or step == args.steps:
-                now = time.perf_counter()
-                rate = (step - since_step) * tokens / (now - since)
-                since, since_step = now, step
-                omegas = softmask.omegas() if softmask is not None else {}
-                log(
-                    step=step, loss=loss.item(), lr=optimizer.param_groups[0]["lr"],
-                    grad_norm=norm.item(), tokens_per_second=round(rate, 1), **omegas,
-                )
-                bar.set_postfix({"loss": f"{loss.item():.3f}"} | {n: f"{v:.3g}" for n, v in omegas.items()})
-            if step % args.eval_every == 0 or step == args.steps:
-                scores = evaluate()
-                since, since_step = time.perf_counter(), step
-            if stop.signum is not None or step % args.save_every == 0 or step == args.steps:
-                save()
-                since, since_step = time.perf_counter(), step
-            if stop.signum is not None:
-                bar.close()
-                again = " ".join(["python train.py --resume", *(["--out", args.out] if args.out != "out" else [])])
-                name = signal.Signals(stop.signum).name
-                print(f"train.py: {name}: saved step {step} in {out}; go on with: {again}", file=sys.stderr)
-                return 128 + stop.signum
-    metrics.close()
-    if scores is None:
-        scores = validate(model, softmask, ema, blocks, device, dtype)
-    print(final_table(scores, blocks, sizes, softmask))
-    with ema.applied():
-        print_samples(model.eval(), softmask, corpus.tokenizer, args, device, dtype)
-    return 0
-
-
-def final_table(scores: dict, blocks: Tensor, sizes: Tensor, softmask: SoftMask | None) -> str:
-    rows = [f"{'validation':12}{'nats a token':>14}{'perplexity':>12}{'bits per byte':>15}"]
+def table(scores: dict[str, float], blocks: Tensor, sizes: Tensor) -> str:
+    lines = [f"{'validation':12}{'nats a token':>14}{'perplexity':>12}{'bits per byte':>15}"]
     for key, name in (("val_nelbo_1pass", "one pass"), ("val_nelbo_2pass", "two passes")):
         if key in scores:
             nats = scores[key]
             bpb = bits_per_byte(nats, blocks, sizes)
-            rows.append(f"{name:12}{nats:14.4f}{math.exp(nats):12.2f}{bpb:15.4f}")
-    if softmask is not None:
-        rows.append("  ".join(f"{n} {v:.4f}" for n, v in softmask.omegas().items()))
-    return "\n".join(rows)
+            lines.append(f"{name:12}{nats:14.4f}{math.exp(nats):12.2f}{bpb:15.4f}")
+    return "\n".join(lines)
 
 
-def print_samples(model, softmask, tokenizer, args, device, dtype) -> None:
-    x = torch.full((2, args.block_size), model.mask_id, device=device)
-    x, _ = generate(model, x, args.block_size, softmask, top_p=0.9, seeds=[args.seed, args.seed + 1], dtype=dtype)
-    for i, ids in enumerate(x.tolist()):
-        print(f"--- sample {i}\n{decode(tokenizer, ids)}")
+# The loop
 
 
-def get_rng(device) -> dict:
-    """The state of the generators that dropout draws from."""
-    return {"cpu": torch.get_rng_state()} | (
-        {"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {}
+class Metrics:
+    """metrics.jsonl: a line a log step. A resumed run drops what its checkpoint has not seen."""
+
+    def __init__(self, path: Path, step: int):
+        lines = path.read_text().splitlines() if step and path.exists() else []
+        with atomic_write(path, "w") as f:
+            f.writelines(line + "\n" for line in lines if _step_of(line) <= step)
+        self.file = open(path, "a", buffering=1)  # a line at a time
+
+    def log(self, **entry) -> None:
+        self.file.write(json.dumps(entry) + "\n")
+
+
+def _step_of(line: str) -> float:
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError):
+        return math.inf  # half a line of a run that was killed
+
+
+def main(args: argparse.Namespace) -> int:
+    if (Path(args.out) / "ckpt.pt").exists() and not (args.resume or args.overwrite):
+        raise ValueError(
+            f"--out {args.out}: holds a run; go on with it by --resume, start it over by "
+            "--overwrite, or choose another folder"
+        )
+    r = set_up(args)
+    out = writable_folder(args.out, "--out")
+    blocks = r.corpus.blocks("val", args.block_size, args.eval_batches * EVAL_BATCH)
+    sizes = token_bytes(r.corpus.tokenizer)
+    metrics = Metrics(out / "metrics.jsonl", r.step)
+    mode = f"soft-masked, k {args.k}" if r.softmask is not None else "binary"
+    print(
+        f"{sum(p.numel() for p in r.model.parameters()):,} parameters, {mode}, vocabulary "
+        f"{r.model.vocab_size}, {r.corpus.meta['tokens']['train']:,} training tokens, "
+        f"{r.device.type} {str(r.dtype).removeprefix('torch.')}",
+        flush=True,
     )
+    scores = None
+    with StopSignal() as stop, progress(total=args.steps, initial=r.step, desc="training") as bar:
+        if args.init and not args.resume:
+            scores = report(r, blocks, sizes, metrics, bar)
+        clock, at = time.perf_counter(), r.step
+        while r.step < args.steps:
+            try:
+                loss, norm = training_step(r)
+            except ValueError as error:
+                ckpt = out / "ckpt.pt"
+                kept = f"{ckpt} holds the last save" if ckpt.exists() else "nothing was saved yet"
+                raise ValueError(
+                    f"{error}: stopped; {kept}; try a lower --lr or --clip, or --dtype float32"
+                )
+            bar.update()
+            last = r.step == args.steps or stop.signum is not None
+            if r.step % args.log_every == 0 or last:
+                now = time.perf_counter()
+                tokens = (r.step - at) * args.batch_size * args.grad_accum * args.block_size
+                omegas = r.softmask.omegas() if r.softmask is not None else {}
+                metrics.log(
+                    step=r.step,
+                    loss=loss,
+                    lr=r.optimizer.param_groups[0]["lr"],
+                    grad_norm=norm,
+                    tokens_per_second=round(tokens / (now - clock), 1),
+                    **omegas,
+                )
+                bar.set_postfix(loss=f"{loss:.3f}", **{n: f"{v:.3g}" for n, v in omegas.items()})
+                clock, at = now, r.step
+            if r.step % args.eval_every == 0 or r.step == args.steps:
+                scores = report(r, blocks, sizes, metrics, bar)
+                clock, at = time.perf_counter(), r.step
+            if r.step % args.save_every == 0 or last:
+                r.save(out)
+                clock, at = time.perf_counter(), r.step
+            if stop.signum is not None and r.step < args.steps:
+                bar.close()
+                name = signal.Signals(stop.signum).name
+                again = f"python train.py --resume --out {args.out}"
+                print(
+                    f"train.py: {name}: saved step {r.step}; go on with: {again}", file=sys.stderr
+                )
+                return 128 + stop.signum
+    scores = scores or validate(r, blocks)
+    print(table(scores, blocks, sizes))
+    if r.softmask is not None:
+        print("  ".join(f"{name} {value:.4f}" for name, value in r.softmask.omegas().items()))
+    with r.ema.applied():
+        x = torch.full((2, args.block_size), r.model.mask_id, device=r.device)
+        seeds = [args.seed, args.seed + 1]
+        x, _ = generate(
+            r.model.eval(), x, args.block_size, r.softmask, top_p=0.9, seeds=seeds, dtype=r.dtype
+        )
+    for i, ids in enumerate(x.tolist()):
+        print(f"--- sample {i}\n{decode(r.corpus.tokenizer, ids)}")
+    return 0
 
 
-def set_rng(rng: dict, device) -> None:
-    torch.set_rng_state(rng["cpu"])
-    if device.type == "cuda" and "cuda" in rng:
-        torch.cuda.set_rng_state(rng["cuda"], device)
+def report(r: Run, blocks: Tensor, sizes: Tensor, metrics: Metrics, bar) -> dict[str, float]:
+    """Validate, log and print one line."""
+    scores = validate(r, blocks)
+    metrics.log(step=r.step, **scores)
+    nats = scores.get("val_nelbo_2pass", scores["val_nelbo_1pass"])
+    line = (
+        f"step {r.step}: validation {nats:.4f} nats a token, perplexity {math.exp(nats):.2f}, "
+        f"{bits_per_byte(nats, blocks, sizes):.4f} bits per byte"
+    )
+    if r.softmask is not None:
+        line += f" in two passes, {scores['val_nelbo_1pass']:.4f} nats in one"
+    bar.write(line, file=sys.stdout)
+    sys.stdout.flush()
+    return scores
 
 
-FIXED = ("sm", "k", "config", "block_size", "tokenizer", "time_conditioning", "seed")  # a run's own
+# The command line
+
+FIXED = (
+    "sm",
+    "k",
+    "sm_start",
+    "config",
+    "block_size",
+    "tokenizer",
+    "time_conditioning",
+    "seed",
+)  # a run's own
 
 
 def parser() -> argparse.ArgumentParser:
@@ -366,6 +444,11 @@ def parser() -> argparse.ArgumentParser:
     g.add_argument("--sm", action="store_true", help="soft-masking, in two passes; else binary")
     g.add_argument("--k", default="3", help="tokens fed back; V: all, with a trained temperature")
     g.add_argument("--p-sm", type=float, default=0.8, help="share of sequences with a first pass")
+    g.add_argument(
+        "--sm-start",
+        type=int,
+        help="steps before the first passes begin; default: half of --steps, 0 with --init",
+    )
     g.add_argument("--omega-s", type=float, default=1e-2, help="start of omega_s")
     g.add_argument("--b-l", type=float, default=B_L, help="times are drawn from [b_l, b_h]")
     g.add_argument("--b-h", type=float, default=B_H)
@@ -377,11 +460,15 @@ def parser() -> argparse.ArgumentParser:
     g.add_argument("--seed", type=int, default=1)
     g = p.add_argument_group("text")
     g.add_argument("--data", help="text, JSONL or folder; default: the standard library's source")
-    g.add_argument("--tokenizer", help="stdlib (default), gpt2 or bytes; with --init the checkpoint's")
+    g.add_argument(
+        "--tokenizer", help="stdlib (default), gpt2 or bytes; with --init the checkpoint's"
+    )
     g.add_argument("--cache", default="corpora", help="folder of tokenized corpora")
     g.add_argument("--block-size", type=int, help="tokens of a sequence; default: the network's")
     g = p.add_argument_group("network")
-    g.add_argument("--config", choices=list(SIZES), help="size; default cpu; with --init the checkpoint's")
+    g.add_argument(
+        "--config", choices=list(SIZES), help="size; default cpu; with --init the checkpoint's"
+    )
     g.add_argument("--dropout", type=float, default=0.0)
     g.add_argument("--time-conditioning", action="store_true", help="tell the network sigma")
     g = p.add_argument_group("optimiser")
@@ -390,13 +477,16 @@ def parser() -> argparse.ArgumentParser:
     g.add_argument("--grad-accum", type=int, default=1, help="backward passes of a step")
     g.add_argument("--lr", type=float, default=2e-3, help="learning rate of the backbone")
     g.add_argument("--lr-sm", type=float, default=1e-2, help="learning rate of the omegas")
+    g.add_argument("--beta2", type=float, default=0.99, help="AdamW's memory of squared gradients")
     g.add_argument("--warmup", type=int, default=100, help="steps of linear warm-up")
     g.add_argument("--decay", type=float, default=0.0, help="last share of the steps, linear to 0")
     g.add_argument("--clip", type=float, default=1.0, help="gradient norm")
     g.add_argument("--ema", type=float, default=0.9999, help="decay of the weights' average")
     g = p.add_argument_group("reports")
     g.add_argument("--eval-every", type=int, default=500)
-    g.add_argument("--eval-batches", type=int, default=10, help=f"of {EVAL_BATCH} held-out sequences")
+    g.add_argument(
+        "--eval-batches", type=int, default=10, help=f"of {EVAL_BATCH} held-out sequences"
+    )
     g.add_argument("--log-every", type=int, default=10)
     g.add_argument("--save-every", type=int, default=500)
     g = p.add_argument_group("machine")
@@ -422,9 +512,17 @@ def parse(argv: list[str]) -> argparse.Namespace:
             if getattr(args, name) != state["args"][name]:
                 flag = "--" + name.replace("_", "-")
                 raise ValueError(
-                    f"{flag} {getattr(args, name)}: the run has {state['args'][name]}; drop the flag, or "
+                    f"{flag} {getattr(args, name)}: the run has {state['args'][name]}; drop it, or "
                     "start a new run from its weights with --init"
                 )
+    elif args.init:
+        if args.config or args.sm_start:
+            flag = f"--config {args.config}" if args.config else f"--sm-start {args.sm_start}"
+            raise ValueError(f"{flag}: for a network from scratch; drop it or --init")
+        args.sm_start = 0
+    else:
+        args.config, args.tokenizer = args.config or "cpu", args.tokenizer or "stdlib"
+        args.sm_start = args.steps // 2 if args.sm_start is None else args.sm_start
     return args
 
 
@@ -435,12 +533,20 @@ def saved_args(args: argparse.Namespace) -> dict:
 
 def check(args: argparse.Namespace) -> None:
     """ValueError that names the flag whose value cannot be."""
-    at_least_1 = ("steps", "batch_size", "grad_accum", "eval_every", "eval_batches", "log_every", "save_every")
+    at_least_1 = (
+        "steps",
+        "batch_size",
+        "grad_accum",
+        "eval_every",
+        "eval_batches",
+        "log_every",
+        "save_every",
+    )
     for name in (*at_least_1, "block_size"):
         value = getattr(args, name)
         if value is not None and value < 1:
             raise ValueError(f"--{name.replace('_', '-')} {value}: at least 1")
-    for name in ("p_sm", "dropout", "decay", "ema"):
+    for name in ("p_sm", "dropout", "decay", "ema", "beta2"):
         if not 0 <= getattr(args, name) <= 1:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: between 0 and 1")
     if not 0 < args.omega_s < 1:

@@ -29,7 +29,7 @@ def save_checkpoint(folder: Path, state: dict, softmask: SoftMask | None) -> Non
 
 
 def load_checkpoint(path: str, flag: str) -> dict:
-    """Read a checkpoint of ours. FileNotFoundError, or ValueError where it is damaged or another's."""
+    """Read a checkpoint of ours. FileNotFoundError; ValueError where it is damaged or foreign."""
     file = Path(path)
     if file.is_dir():
         file = file / "ckpt.pt"
@@ -41,7 +41,14 @@ def load_checkpoint(path: str, flag: str) -> dict:
         if broken is not None:
             raise ValueError(f"its part {broken} is damaged")
         state = torch.load(file, map_location="cpu", weights_only=True)
-    except (zipfile.BadZipFile, pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as e:
+    except (
+        zipfile.BadZipFile,
+        pickle.UnpicklingError,
+        RuntimeError,
+        EOFError,
+        ValueError,
+        KeyError,
+    ) as e:
         reason = str(e).splitlines()[0][:120] if str(e) else type(e).__name__
         raise ValueError(f"{flag} {file}: not a whole checkpoint ({reason}); use another") from None
     if not isinstance(state, dict) or state.get("format") != FORMAT:

@@ -1,0 +1,222 @@
+"""Tokenizers lose nothing; corpora are built once, noticed when stale, drawn from reproducibly."""
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tokenizers
+import torch
+
+import data
+from runtime import generator
+
+TRICKY = "def f(x):\n\treturn  'naïve ☃ \U0001f600'  # <|endoftext|> [MASK]\r\n\x00\x7f"
+
+
+@pytest.fixture(scope="module")
+def learned():
+    texts = Path(data.__file__).read_text().splitlines(keepends=True)
+    return texts, data.learn_bpe(texts, entries=320)
+
+
+def test_bytes_and_learned_tokenizers_round_trip_any_text(learned):
+    for tokenizer in (data.bytes_tokenizer(), learned[1]):
+        assert data.decode(tokenizer, data.encode(tokenizer, TRICKY)) == TRICKY
+        assert tokenizer.eot_token not in data.encode(tokenizer, "<|endoftext|>")
+
+
+def test_learned_tokenizer_segments_as_the_library_that_learned_it(learned):
+    texts, ours = learned
+    theirs = tokenizers.Tokenizer(tokenizers.models.BPE())
+    theirs.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=319, initial_alphabet=alphabet, show_progress=False
+    )
+    theirs.train_from_iterator(texts, trainer)
+    for text in [*texts, TRICKY, "range range(addition)  return\n\n\n  x"]:
+        assert data.encode(ours, text) == theirs.encode(text).ids
+
+
+def test_learned_tokenizer_has_the_entries_asked_for_with_end_of_text_last(learned):
+    assert learned[1].n_vocab == 320 and learned[1].eot_token == 319
+    assert data.vocab_size(learned[1]) == 321
+
+
+def test_spec_survives_json_and_gives_the_same_tokenizer(learned):
+    for tokenizer in (data.bytes_tokenizer(), learned[1]):
+        again = data.load_tokenizer(json.loads(json.dumps(data.tokenizer_spec(tokenizer))))
+        assert data.encode(again, TRICKY) == data.encode(tokenizer, TRICKY)
+        assert again.n_vocab == tokenizer.n_vocab and again.eot_token == tokenizer.eot_token
+
+
+def test_token_bytes_count_the_text_and_nothing_else(learned):
+    for tokenizer in (data.bytes_tokenizer(), learned[1]):
+        ids = torch.tensor(
+            [*data.encode(tokenizer, TRICKY), tokenizer.eot_token, tokenizer.n_vocab]
+        )
+        assert data.token_bytes(tokenizer)[ids].sum() == len(TRICKY.encode())
+
+
+def test_mask_shows_as_mask_and_broken_utf8_as_a_replacement():
+    tokenizer = data.bytes_tokenizer()
+    assert data.decode(tokenizer, [65, 257, 0xFF]) == "A[MASK]\ufffd"
+
+
+def test_gpt2_tokenizer_has_the_public_ids():
+    try:
+        tokenizer = data.gpt2_tokenizer()
+    except ValueError as error:
+        pytest.skip(str(error))
+    assert data.encode(tokenizer, "Hello world") == [15496, 995]
+    assert tokenizer.eot_token == 50256 and data.vocab_size(tokenizer) == 50258
+    assert data.token_bytes(tokenizer)[[15496, 995, 50256, 50257]].tolist() == [5, 6, 0, 0]
+
+
+def test_stdlib_corpus_leaves_out_tests_and_vendored_code():
+    source = data.stdlib_source()
+    parts = {part for f in source.files for part in f.relative_to(source.root).parts}
+    assert not parts & data.LEFT_OUT
+    assert {"argparse.py", "dataclasses.py", "json"} <= parts
+    shares = [data.held_out(str(f.relative_to(source.root))) for f in source.files]
+    assert 0.02 < np.mean(shares) < 0.1
+
+
+def write_texts(folder, n=60):
+    folder.mkdir()
+    for i in range(n):
+        (folder / f"{i}.txt").write_text(f"document {i} " * 20)
+    return folder
+
+
+def test_streams_hold_every_document_once_with_end_of_text_between(tmp_path):
+    folder = write_texts(tmp_path / "texts")
+    corpus = data.open_corpus(str(folder), "bytes", str(tmp_path / "cache"))
+    seen = []
+    for split in ("train", "val"):
+        ids = corpus.stream(split)
+        assert len(ids) == corpus.meta["tokens"][split] and ids[-1] == 256
+        texts = data.decode(corpus.tokenizer, ids).split(data.END_OF_TEXT)[:-1]
+        seen += texts
+        assert sum(len(t.encode()) for t in texts) == corpus.meta["bytes"][split]
+    assert sorted(seen) == sorted(f.read_text() for f in folder.iterdir())
+    assert corpus.meta["tokens"]["val"] > 0
+
+
+def test_one_text_file_keeps_its_end_for_validation(tmp_path):
+    file = tmp_path / "book.txt"
+    file.write_text("".join(f"{i:04} " for i in range(400)))
+    corpus = data.open_corpus(str(file), "bytes", str(tmp_path / "cache"))
+    train, val = (data.decode(corpus.tokenizer, corpus.stream(s)[:-1]) for s in ("train", "val"))
+    assert train + val == file.read_text()
+    assert len(val) == 100
+
+
+def test_jsonl_lines_are_documents(tmp_path):
+    file = tmp_path / "docs.jsonl"
+    file.write_text("".join(json.dumps({"text": f"line {i}"}) + "\n\n" for i in range(100)))
+    corpus = data.open_corpus(str(file), "bytes", str(tmp_path / "cache"))
+    ends = sum(int((corpus.stream(s) == 256).sum()) for s in ("train", "val"))
+    assert ends == 100 and corpus.meta["tokens"]["val"] > 0
+
+
+def modification_times(corpus):
+    return [(corpus.folder / f).stat().st_mtime_ns for f in ("train.bin", "val.bin", "meta.json")]
+
+
+def test_corpus_is_built_once_and_again_when_its_source_changes(tmp_path):
+    folder, cache = write_texts(tmp_path / "texts"), str(tmp_path / "cache")
+    first = data.open_corpus(str(folder), "bytes", cache)
+    times = modification_times(first)
+    assert modification_times(data.open_corpus(str(folder), "bytes", cache)) == times
+    (folder / "0.txt").write_text("new " * 1000)
+    changed = data.open_corpus(str(folder), "bytes", cache)
+    assert modification_times(changed) != times
+    assert "new new" in data.decode(changed.tokenizer, changed.stream("train"))
+    (folder / "1.txt").unlink()
+    again = data.open_corpus(str(folder), "bytes", cache)
+    assert again.meta["fingerprint"] != changed.meta["fingerprint"]
+
+
+@pytest.mark.parametrize("damage", ["train.bin", "val.bin", "meta.json"])
+def test_truncated_cache_is_built_again(tmp_path, damage):
+    folder, cache = write_texts(tmp_path / "texts"), str(tmp_path / "cache")
+    corpus = data.open_corpus(str(folder), "bytes", cache)
+    whole = np.array(corpus.stream("train"))
+    file = corpus.folder / damage
+    os.truncate(file, file.stat().st_size // 2)
+    assert np.array_equal(data.open_corpus(str(folder), "bytes", cache).stream("train"), whole)
+
+
+def test_tokenizers_do_not_share_a_cache(tmp_path):
+    folder, cache = write_texts(tmp_path / "texts"), str(tmp_path / "cache")
+    by_bytes = data.open_corpus(str(folder), "bytes", cache)
+    spec = data.tokenizer_spec(data.learn_bpe(["document 1 2 3 "] * 9, entries=270))
+    learned = data.open_corpus(str(folder), spec, cache)
+    assert by_bytes.folder != learned.folder
+    assert learned.meta["tokens"]["train"] < by_bytes.meta["tokens"]["train"]
+
+
+def test_batches_repeat_with_the_generator_and_stay_inside_the_stream(tmp_path):
+    corpus = data.open_corpus(str(write_texts(tmp_path / "t")), "bytes", str(tmp_path / "c"))
+    a, b = (corpus.batch(64, 50, generator(3)) for _ in range(2))
+    assert torch.equal(a, b) and a.shape == (64, 50) and a.dtype == torch.int64
+    g = generator(3)
+    g_state = generator(0)
+    g_state.set_state(g.get_state())
+    assert torch.equal(corpus.batch(5, 50, g), corpus.batch(5, 50, g_state))
+    whole = data.decode(corpus.tokenizer, corpus.stream("train"))
+    assert all(data.decode(corpus.tokenizer, row) in whole for row in a)
+    longest = corpus.meta["tokens"]["train"]
+    assert torch.equal(
+        corpus.batch(2, longest, g)[0], torch.tensor(corpus.stream("train").astype(int))
+    )
+
+
+def test_blocks_are_in_order_without_overlap_and_spread_when_limited(tmp_path):
+    corpus = data.open_corpus(str(write_texts(tmp_path / "t")), "bytes", str(tmp_path / "c"))
+    stream = torch.tensor(corpus.stream("val").astype(int))
+    blocks = corpus.blocks("val", 40)
+    assert torch.equal(blocks.flatten(), stream[: len(stream) // 40 * 40])
+    few = corpus.blocks("val", 40, limit=3)
+    assert few.shape == (3, 40) and torch.equal(few[0], blocks[0])
+    assert torch.equal(few[2], blocks[2 * len(blocks) // 3])
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda p: None, "no such file"),
+        (lambda p: p.mkdir(), r"no \.txt"),
+        (lambda p: p.write_text(""), "no text"),
+        (lambda p: p.write_bytes(b"caf\xe9"), "not UTF-8"),
+    ],
+)
+def test_unusable_text_is_named(tmp_path, make, message):
+    path = tmp_path / "input"
+    make(path)
+    with pytest.raises((ValueError, OSError), match=message):
+        data.open_corpus(str(path), "bytes", str(tmp_path / "cache"))
+
+
+@pytest.mark.parametrize("line", ["{", "[1]", '{"body": "x"}', '{"text": 3}'])
+def test_bad_jsonl_line_is_named_by_number(tmp_path, line):
+    file = tmp_path / "docs.jsonl"
+    file.write_text('{"text": "fine"}\n' + line + "\n")
+    with pytest.raises(ValueError, match=r"docs\.jsonl:2"):
+        data.open_corpus(str(file), "bytes", str(tmp_path / "cache"))
+
+
+def test_short_corpus_says_how_short(tmp_path):
+    file = tmp_path / "short.txt"
+    file.write_text("just this")
+    corpus = data.open_corpus(str(file), "bytes", str(tmp_path / "cache"))
+    with pytest.raises(ValueError, match="10 tokens, a block takes 128"):
+        corpus.need("train", 128)
+
+
+def test_unknown_tokenizer_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="choose stdlib, gpt2 or bytes"):
+        data.open_corpus(None, "words", str(tmp_path))

@@ -1,0 +1,122 @@
+"""Files appear whole or not at all; signals wait for the step; errors are one line."""
+
+import errno
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import runtime
+
+
+def test_atomic_write_replaces_the_file_only_when_complete(tmp_path):
+    path = tmp_path / "file"
+    path.write_text("old")
+    with runtime.atomic_write(path, "w") as f:
+        f.write("new")
+        f.flush()
+        assert path.read_text() == "old"
+    assert path.read_text() == "new"
+
+
+@pytest.mark.parametrize("error", [ValueError("x"), KeyboardInterrupt(), OSError(errno.ENOSPC, "")])
+def test_failed_write_keeps_the_old_file_and_leaves_nothing(tmp_path, error):
+    path = tmp_path / "file"
+    path.write_text("old")
+    with pytest.raises(type(error)), runtime.atomic_write(path, "w") as f:
+        f.write("half")
+        raise error
+    assert path.read_text() == "old"
+    assert os.listdir(tmp_path) == ["file"]
+
+
+def test_full_disk_is_named(tmp_path):
+    with pytest.raises(OSError, match="No space left"), runtime.atomic_write(tmp_path / "file"):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_torch_save_on_a_full_disk_keeps_the_old_file(tmp_path):
+    """RLIMIT_FSIZE stands for the full disk: the write fails half-way."""
+    program = """
+import resource, signal, sys, torch, runtime
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, 2**16))
+def main(_):
+    with runtime.atomic_write("file") as f:
+        torch.save({"x": torch.zeros(2**18)}, f)
+runtime.run(main, None)
+"""
+    (tmp_path / "file").write_text("old")
+    env = os.environ | {"PYTHONPATH": os.path.dirname(runtime.__file__)}
+    result = subprocess.run(
+        [sys.executable, "-c", program], cwd=tmp_path, env=env, capture_output=True, text=True
+    )
+    assert result.returncode == 2, result.stderr
+    assert (
+        result.stderr
+        == "-c: file: cannot be written (File too large); what was there is untouched\n"
+    )
+    assert (tmp_path / "file").read_text() == "old" and os.listdir(tmp_path) == ["file"]
+
+
+def test_stop_signal_waits_and_the_second_does_not():
+    with runtime.StopSignal() as stop:
+        assert stop.signum is None
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.signum == signal.SIGTERM
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "line"),
+    [
+        (ValueError("--k 0: too few\nsecond line"), 2, "--k 0: too few second line"),
+        (FileNotFoundError(2, "No such file or directory", "x.pt"), 2, "x.pt: No such file"),
+        (MemoryError(), 2, "--batch-size"),
+        (KeyboardInterrupt(), 130, "interrupted"),
+    ],
+)
+def test_errors_become_one_line_and_a_status(capsys, error, status, line):
+    def main(args):
+        raise error
+
+    with pytest.raises(SystemExit) as stopped:
+        runtime.run(main, None)
+    assert stopped.value.code == status
+    message = capsys.readouterr().err
+    assert line in message and message.count("\n") == 1
+
+
+def test_programming_errors_keep_their_traceback():
+    def main(args):
+        raise TypeError("a bug")
+
+    with pytest.raises(TypeError):
+        runtime.run(main, None)
+
+
+def test_absent_device_and_unknown_dtype_name_the_choices():
+    with pytest.raises(ValueError, match="there is .*cpu"):
+        runtime.pick_device("tpu")
+    with pytest.raises(ValueError, match="float32 or bfloat16"):
+        runtime.pick_dtype("float8", torch.device("cpu"))
+    assert runtime.pick_dtype("float32", torch.device("cpu")) is torch.float32
+
+
+def test_unwritable_folder_names_the_flag(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match="--out .*cannot be written"):
+        runtime.writable_folder(str(tmp_path / "file" / "folder"), "--out")
+
+
+def test_rng_state_round_trips():
+    device = torch.device("cpu")
+    state = runtime.get_rng(device)
+    a = torch.rand(3)
+    runtime.set_rng(state, device)
+    assert torch.equal(a, torch.rand(3))
