@@ -261,7 +261,10 @@ class Corpus:
 
     def stream(self, split: str) -> np.ndarray:
         """The ids of "train" or "val"."""
-        return np.memmap(self.folder / f"{split}.bin", dtype=self.meta["dtype"], mode="r")
+        dtype = self.meta["dtype"]
+        if not self.meta["tokens"][split]:  # an empty file cannot be mapped
+            return np.zeros(0, dtype)
+        return np.memmap(self.folder / f"{split}.bin", dtype=dtype, mode="r")
 
     def need(self, split: str, length: int) -> None:
         """ValueError where the split does not hold one block of `length` tokens."""
@@ -283,9 +286,7 @@ class Corpus:
         stream = self.stream(split)
         n = len(stream) // length
         picks = np.arange(n) if not limit or limit >= n else np.arange(limit) * n // limit
-        return torch.from_numpy(
-            np.stack([stream[i * length :][:length] for i in picks]).astype(np.int64)
-        )
+        return torch.from_numpy(stream[: n * length].reshape(n, length)[picks].astype(np.int64))
 
 
 def open_corpus(data: str | None, tokenizer: dict | str | None, cache: str = "corpora") -> Corpus:
@@ -363,7 +364,7 @@ def main(args: argparse.Namespace) -> None:
     for split in ("train", "val"):
         rate = sizes[split] / max(1, tokens[split])
         print(
-            f"{split:5} {tokens[split]:>12,} tokens {sizes[split]:>14,} bytes {rate:.2f} bytes a token"
+            f"{split:5} {tokens[split]:>12,} tokens {sizes[split]:>14,} bytes, {rate:.2f} a token"
         )
 
 

@@ -8,17 +8,16 @@ perplexity and as bits per byte, with EMA weights. A soft-masked model takes two
 """
 
 import argparse
-import math
 
 import torch
 
 from data import open_corpus, token_bytes
 from runtime import pick_device, pick_dtype, run
-from train import EVAL_BATCH, bits_per_byte, nelbo
+from train import EVAL_BATCH, bits_per_byte, nelbo, perplexity
 from weights import build_model, build_softmask, load_checkpoint
 
 
-def perplexity(args: argparse.Namespace) -> None:
+def ppl(args: argparse.Namespace) -> None:
     device = pick_device(args.device)
     dtype = pick_dtype(args.dtype, device)
     if args.batches is not None and args.batches < 1:
@@ -51,8 +50,11 @@ def perplexity(args: argparse.Namespace) -> None:
     where = f"{corpus.meta['source']} ({'+'.join(splits)})"
     print(f"{where}: {blocks.numel():,} tokens in blocks of {length}")
     print(f"{'passes':>6}{'NELBO, nats a token':>28}{'perplexity':>22}{'bits per byte':>22}")
-    ppl = math.exp(nats)
-    cells = ((nats, error, 4), (ppl, ppl * error, 2), (bpb, ratio * error, 4))
+    cells = (
+        (nats, error, 4),
+        (perplexity(nats), perplexity(nats) * error, 2),
+        (bpb, ratio * error, 4),
+    )
     widths = (28, 22, 22)
     shown = [f"{v:.{d}f} +- {e:.{d}f}".rjust(w) for (v, e, d), w in zip(cells, widths, strict=True)]
     print(f"{passes:>6}{''.join(shown)}")
@@ -66,7 +68,7 @@ def parser() -> argparse.ArgumentParser:
         help="NELBO, perplexity and bits per byte",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    c.set_defaults(main=perplexity)
+    c.set_defaults(main=ppl)
     c.add_argument("--ckpt", default="out/ckpt.pt", help="a checkpoint, or its folder")
     c.add_argument("--data", help="text, JSONL or folder; default: the corpus of the checkpoint")
     c.add_argument("--split", choices=("train", "val", "all"), help="default: val; all with --data")

@@ -75,7 +75,8 @@ class TimestepEmbedding(nn.Module):
     def forward(self, sigma: Tensor) -> Tensor:
         i = torch.arange(self.n_freq, device=sigma.device).float()
         angle = sigma[:, None].float() * torch.exp(-math.log(10000) * i / self.n_freq)
-        return F.silu(self.mlp(torch.cat([angle.cos(), angle.sin()], dim=-1)))
+        waves = torch.cat([angle.cos(), angle.sin()], dim=-1)
+        return F.silu(self.mlp(waves.to(self.mlp[0].weight.dtype)))
 
 
 class ModulatedNorm(nn.Module):

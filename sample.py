@@ -18,7 +18,7 @@ from torch import Tensor
 
 from data import MASK_TEXT, decode, encode, load_tokenizer
 from runtime import atomic_write, autocast, generator, pick_device, pick_dtype, progress, run
-from softmask import Feedback, SoftMask, denoise, noise_level
+from softmask import SoftMask, denoise, noise_level
 from weights import build_model, build_softmask, load_checkpoint
 
 
@@ -79,48 +79,40 @@ def generate(
     x, done = x.clone(), Decoding()
     generators = [generator(s) for s in (range(len(x)) if seeds is None else seeds)]
     times = torch.linspace(1, 1e-5, nfe + 1, dtype=torch.float64).tolist()
-    reuse = softmask is None and not getattr(model.config, "time_conditioning", False)
-    hidden, feedback, rows, changed = None, None, None, True
-
-    def look(t: float) -> Tensor:  # (B * L, D)
-        done.passes += 1
-        sigma = noise_level(torch.full((len(x),), t, device=x.device), model.mask_eps)
-        with autocast(x.device, dtype):
-            return denoise(model, x, sigma, softmask, rows, feedback).flatten(0, 1)
-
-    for i, (t, s) in enumerate(pairwise(times)):
-        masked = x == model.mask_id
-        if not masked.any():
-            break
-        if changed or not reuse:
-            hidden = look(t)
-        opens = masked & (_uniform(generators, x.shape[1:]).to(x.device) < (t - s) / t)
-        chosen = opens.flatten().nonzero().squeeze(1)
-        changed = len(chosen) > 0
-        if changed:
-            noise = _uniform(generators, (model.vocab_size,), opens.sum(1).tolist()).to(x.device)
-            with autocast(x.device, dtype):
-                z = model.logits(hidden[chosen])
-            x.view(-1)[chosen] = draw_tokens(z, temperature, top_p, noise)
-        if softmask is not None:
+    reuse = softmask is None and not model.config.time_conditioning
+    changed, feedback, rows = True, None, None
+    with autocast(x.device, dtype):
+        for i, (t, s) in enumerate(pairwise(times)):
+            masked = x == model.mask_id
+            if not masked.any():
+                break
+            if changed or not reuse:
+                hidden = _look(model, x, t, softmask, rows, feedback)  # (B * L, D)
+                done.passes += 1
+            opens = masked & (_uniform(generators, x.shape[1:]).to(x.device) < (t - s) / t)
+            chosen = opens.flatten().nonzero().squeeze(1)
+            changed = len(chosen) > 0
+            if changed:
+                u = _uniform(generators, (model.vocab_size,), opens.sum(1).tolist()).to(x.device)
+                z = model.logits(hidden[chosen])  # (N, V)
+                x.view(-1)[chosen] = draw_tokens(z, temperature, top_p, u)
             rows = (masked & ~opens).flatten().nonzero().squeeze(1)
-            feedback = _feedback(model, softmask, hidden[rows], dtype)
-        if on_step is not None:
-            on_step(i, x)
-    if (x == model.mask_id).any():
+            if softmask is not None and len(rows):
+                feedback = softmask.feedback(model, hidden[rows])
+            if on_step is not None:
+                on_step(i, x)
         rest = (x == model.mask_id).flatten().nonzero().squeeze(1)
-        done.filled = True
-        hidden = look(times[-1])
-        done.passes -= 1
-        x.view(-1)[rest] = model.logits(hidden[rest].float()).argmax(-1)
+        if len(rest):
+            done.filled = True
+            hidden = _look(model, x, times[-1], softmask, rows, feedback)
+            x.view(-1)[rest] = model.logits(hidden[rest]).argmax(-1)
     return x, done
 
 
-def _feedback(model, softmask: SoftMask, rows: Tensor, dtype: torch.dtype) -> Feedback | None:
-    if not len(rows):
-        return None
-    with autocast(rows.device, dtype):
-        return softmask.feedback(model, rows)
+def _look(model, x: Tensor, t: float, softmask, rows, feedback) -> Tensor:
+    """A pass at time t over x (B, L) with the feedback of the last one, if any: (B * L, D)."""
+    sigma = noise_level(torch.full((len(x),), t, device=x.device), model.mask_eps)
+    return denoise(model, x, sigma, softmask, rows, feedback).flatten(0, 1)
 
 
 def _uniform(generators: list, shape: tuple, counts: list[int] | None = None) -> Tensor:
@@ -164,11 +156,13 @@ def main(args: argparse.Namespace) -> None:
     softmask = softmask.to(device) if softmask is not None else None
     tokenizer = load_tokenizer(state["tokenizer"])
     limit = model.config.block_size
-    length = args.length or limit
+    length = limit if args.length is None else args.length
     if not 1 <= length <= limit:
         raise ValueError(f"--length {length}: the network takes 1 to {limit} tokens")
     start = torch.tensor(template(tokenizer, length, args.prompt, args.infill), device=device)
-    nfe = args.nfe or len(start)
+    nfe = len(start) if args.nfe is None else args.nfe
+    if nfe < 1:
+        raise ValueError(f"--nfe {nfe}: at least one step")
     samples, passes, begin = [], 0, time.perf_counter()
     with progress(total=args.num * nfe, desc="decoding", unit=" steps") as bar:
         for first in range(0, args.num, args.batch_size):
@@ -202,8 +196,8 @@ def main(args: argparse.Namespace) -> None:
     filled = int((start == model.mask_id).sum()) * args.num
     batches = -(-args.num // args.batch_size)
     print(
-        f"--- {filled / seconds:.1f} tokens per second; {nfe} steps, {passes / batches:.1f} network "
-        f"passes a batch; {'soft-masked' if softmask is not None else 'binary'}"
+        f"--- {filled / seconds:.1f} tokens per second; {nfe} steps, {passes / batches:.1f} "
+        f"network passes a batch; {'soft-masked' if softmask is not None else 'binary'}"
     )
 
 

@@ -44,7 +44,7 @@ from softmask import (
     entropy_quantile,
     soft_sequences,
 )
-from weights import build_model, build_softmask, load_checkpoint, save_checkpoint
+from weights import build_model, build_softmask, load_checkpoint, save_checkpoint, save_omegas
 
 EVAL_BATCH = 32  # sequences of a validation batch: its times are stratified
 EVAL_SEED = 1234  # the same masks in every validation of every run
@@ -169,7 +169,7 @@ def set_up(args: argparse.Namespace) -> Run:
     if softmask is not None:
         softmask.to(device)
         groups.append({"params": list(softmask.parameters()), "peak": args.lr_sm})
-    optimizer = torch.optim.AdamW(groups, betas=(0.9, args.beta2), weight_decay=0.0, fused=True)
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.999), weight_decay=0.0, fused=True)
     ema = EMA(model.parameters(), args.ema)
     whole = Run(args, device, dtype, corpus, model, softmask, ema, optimizer, generator(args.seed))
     if args.state:
@@ -280,6 +280,11 @@ def nelbo(model, blocks: Tensor, softmask: SoftMask | None, device, dtype) -> tu
     return mean, math.sqrt(spread / (n * (n - 1))) if n > 1 else math.nan
 
 
+def perplexity(nats: float) -> float:
+    """exp of a NELBO in nats a token."""
+    return math.exp(nats) if nats < 700 else math.inf
+
+
 def bits_per_byte(nats: float, blocks: Tensor, sizes: Tensor) -> float:
     """From nats a token of blocks (n, L) to bits a UTF-8 byte; sizes (V,) from `token_bytes`."""
     return nats * blocks.numel() / (int(sizes[blocks].sum()) * math.log(2))
@@ -301,7 +306,7 @@ def table(scores: dict[str, float], blocks: Tensor, sizes: Tensor) -> str:
         if key in scores:
             nats = scores[key]
             bpb = bits_per_byte(nats, blocks, sizes)
-            lines.append(f"{name:12}{nats:14.4f}{math.exp(nats):12.2f}{bpb:15.4f}")
+            lines.append(f"{name:12}{nats:14.4f}{perplexity(nats):12.2f}{bpb:15.4f}")
     return "\n".join(lines)
 
 
@@ -339,6 +344,8 @@ def main(args: argparse.Namespace) -> int:
     blocks = r.corpus.blocks("val", args.block_size, args.eval_batches * EVAL_BATCH)
     sizes = token_bytes(r.corpus.tokenizer)
     metrics = Metrics(out / "metrics.jsonl", r.step)
+    if args.resume:
+        save_omegas(out, r.step, r.softmask)  # a run may die between its two files
     mode = f"soft-masked, k {args.k}" if r.softmask is not None else "binary"
     print(
         f"{sum(p.numel() for p in r.model.parameters()):,} parameters, {mode}, vocabulary "
@@ -411,7 +418,7 @@ def report(r: Run, blocks: Tensor, sizes: Tensor, metrics: Metrics, bar) -> dict
     metrics.log(step=r.step, **scores)
     nats = scores.get("val_nelbo_2pass", scores["val_nelbo_1pass"])
     line = (
-        f"step {r.step}: validation {nats:.4f} nats a token, perplexity {math.exp(nats):.2f}, "
+        f"step {r.step}: validation {nats:.4f} nats a token, perplexity {perplexity(nats):.2f}, "
         f"{bits_per_byte(nats, blocks, sizes):.4f} bits per byte"
     )
     if r.softmask is not None:
@@ -450,7 +457,7 @@ def parser() -> argparse.ArgumentParser:
         help="steps before the first passes begin; default: half of --steps, 0 with --init",
     )
     g.add_argument("--omega-s", type=float, default=1e-2, help="start of omega_s")
-    g.add_argument("--b-l", type=float, default=B_L, help="times are drawn from [b_l, b_h]")
+    g.add_argument("--b-l", type=float, default=0.1, help="times are drawn from [b_l, b_h]")
     g.add_argument("--b-h", type=float, default=B_H)
     g = p.add_argument_group("run")
     g.add_argument("--out", default="out", help="folder of the run")
@@ -472,23 +479,22 @@ def parser() -> argparse.ArgumentParser:
     g.add_argument("--dropout", type=float, default=0.0)
     g.add_argument("--time-conditioning", action="store_true", help="tell the network sigma")
     g = p.add_argument_group("optimiser")
-    g.add_argument("--steps", type=int, default=2000)
+    g.add_argument("--steps", type=int, default=1100)
     g.add_argument("--batch-size", type=int, default=32, help="sequences of a backward pass")
     g.add_argument("--grad-accum", type=int, default=1, help="backward passes of a step")
-    g.add_argument("--lr", type=float, default=2e-3, help="learning rate of the backbone")
+    g.add_argument("--lr", type=float, default=1e-3, help="learning rate of the backbone")
     g.add_argument("--lr-sm", type=float, default=1e-2, help="learning rate of the omegas")
-    g.add_argument("--beta2", type=float, default=0.99, help="AdamW's memory of squared gradients")
     g.add_argument("--warmup", type=int, default=100, help="steps of linear warm-up")
-    g.add_argument("--decay", type=float, default=0.0, help="last share of the steps, linear to 0")
+    g.add_argument("--decay", type=float, default=0.5, help="last share of the steps, linear to 0")
     g.add_argument("--clip", type=float, default=1.0, help="gradient norm")
     g.add_argument("--ema", type=float, default=0.9999, help="decay of the weights' average")
     g = p.add_argument_group("reports")
-    g.add_argument("--eval-every", type=int, default=500)
+    g.add_argument("--eval-every", type=int, default=300)
     g.add_argument(
-        "--eval-batches", type=int, default=10, help=f"of {EVAL_BATCH} held-out sequences"
+        "--eval-batches", type=int, default=20, help=f"of {EVAL_BATCH} held-out sequences"
     )
     g.add_argument("--log-every", type=int, default=10)
-    g.add_argument("--save-every", type=int, default=500)
+    g.add_argument("--save-every", type=int, default=300)
     g = p.add_argument_group("machine")
     g.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
     g.add_argument("--dtype", default="auto", help="auto, float32 or bfloat16")
@@ -523,6 +529,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     else:
         args.config, args.tokenizer = args.config or "cpu", args.tokenizer or "stdlib"
         args.sm_start = args.steps // 2 if args.sm_start is None else args.sm_start
+    check(args)
     return args
 
 
@@ -546,7 +553,7 @@ def check(args: argparse.Namespace) -> None:
         value = getattr(args, name)
         if value is not None and value < 1:
             raise ValueError(f"--{name.replace('_', '-')} {value}: at least 1")
-    for name in ("p_sm", "dropout", "decay", "ema", "beta2"):
+    for name in ("p_sm", "dropout", "decay", "ema"):
         if not 0 <= getattr(args, name) <= 1:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: between 0 and 1")
     if not 0 < args.omega_s < 1:

@@ -23,9 +23,14 @@ def save_checkpoint(folder: Path, state: dict, softmask: SoftMask | None) -> Non
     """Write `ckpt.pt`, and the omegas beside it as `softmask.json`; each appears whole."""
     with atomic_write(Path(folder) / "ckpt.pt") as f:
         torch.save({"format": FORMAT, **state}, f)
+    save_omegas(folder, state["step"], softmask)
+
+
+def save_omegas(folder: Path, step: int, softmask: SoftMask | None) -> None:
+    """Write `softmask.json`: the scalars in the paper's domain."""
     if softmask is not None:
         with atomic_write(Path(folder) / "softmask.json", "w") as f:
-            json.dump({"step": state["step"], "k": softmask.k, **softmask.omegas()}, f)
+            json.dump({"step": step, "k": softmask.k, **softmask.omegas()}, f)
 
 
 def load_checkpoint(path: str, flag: str) -> dict:

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import randomise
 
 import data
 import sample
@@ -123,8 +124,7 @@ def test_binary_sampler_reuses_a_pass_when_nothing_changed():
 def network():
     torch.manual_seed(0)
     model = DiT(DiTConfig(60, **SIZES["nano"])).eval()
-    for p in model.parameters():
-        torch.nn.init.normal_(p, std=0.3)
+    randomise(model)
     return model
 
 
@@ -152,8 +152,8 @@ def test_a_row_does_not_depend_on_its_batch(network, softmask):
 
 def test_soft_masking_with_lambda_zero_is_the_binary_sampler(network):
     softmask = SoftMask(3)
-    with torch.no_grad():
-        softmask.raw_s.fill_(-math.inf)
+    softmask.set_omegas(0.9, 1.0, -20.0)  # omega_b far below every -H: lambda = omega_s
+    softmask.raw_s.data.fill_(-math.inf)
     x = torch.full((3, 16), network.mask_id)
     options = {"nfe": 8, "seeds": [1, 2, 3], "top_p": 0.9}
     plain, _ = sample.generate(network, x, **options)
