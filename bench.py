@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from model import SIZES, DiT, DiTConfig
-from runtime import autocast, generator, pick_device, pick_dtype, progress, run
+from runtime import Parser, autocast, generator, pick_device, pick_dtype, progress, run
 from softmask import SoftMask, antithetic_times, diffusion_loss, soft_sequences
 from tests import reference
 
@@ -181,17 +181,15 @@ def memory(device: torch.device, reset: bool = False) -> int:
         return next(int(line.split()[1]) * 1024 for line in f if line.startswith(key))
 
 
-def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(description="Measure speed and memory.")
+def parser() -> Parser:
+    p = Parser(description="Measure speed and memory.")
     commands = p.add_subparsers(required=True, metavar="what")
     for name, main, about in (
         ("step", bench_step, "seconds of a training step"),
         ("memory", bench_memory, "peak memory of a training step"),
         ("peak", print_peak, "peak memory of one kind of step, a number"),
     ):
-        c = commands.add_parser(
-            name, help=about, formatter_class=argparse.ArgumentDefaultsHelpFormatter
-        )
+        c = commands.add_parser(name, help=about)
         c.set_defaults(main=main)
         c.add_argument("--config", choices=list(SIZES), default="small")
         c.add_argument("--vocab", type=int, default=GPT2_VOCABULARY, help="the mask included")

@@ -22,7 +22,7 @@ import tokenizers
 import torch
 from torch import Tensor
 
-from runtime import atomic_write, progress, run, writable_folder
+from runtime import Parser, atomic_write, progress, run, writable_folder
 
 END_OF_TEXT = "<|endoftext|>"
 MASK_TEXT = "[MASK]"
@@ -369,9 +369,7 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(
-        description="Tokenize a corpus.", formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = Parser(description="Tokenize a corpus.")
     parser.add_argument("--data", help="text, JSONL, folder; default: standard library")
     parser.add_argument("--tokenizer", default="stdlib", help="stdlib, gpt2 or bytes")
     parser.add_argument("--cache", default="corpora", help="folder of tokenized corpora")

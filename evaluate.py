@@ -12,7 +12,7 @@ import argparse
 import torch
 
 from data import open_corpus, token_bytes
-from runtime import pick_device, pick_dtype, run
+from runtime import Parser, pick_device, pick_dtype, run
 from train import EVAL_BATCH, bits_per_byte, nelbo, perplexity
 from weights import build_model, build_softmask, load_checkpoint
 
@@ -60,13 +60,12 @@ def ppl(args: argparse.Namespace) -> None:
     print(f"{passes:>6}{''.join(shown)}")
 
 
-def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(description="Evaluate a model.")
+def parser() -> Parser:
+    p = Parser(description="Evaluate a model.")
     commands = p.add_subparsers(required=True, metavar="what")
     c = commands.add_parser(
         "ppl",
         help="NELBO, perplexity and bits per byte",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     c.set_defaults(main=ppl)
     c.add_argument("--ckpt", default="out/ckpt.pt", help="a checkpoint, or its folder")

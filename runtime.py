@@ -4,6 +4,7 @@ Device and number format, seeded generators, files written whole or not at all, 
 the current step finish, errors of one line, progress bars.
 """
 
+import argparse
 import contextlib
 import ctypes
 import os
@@ -63,6 +64,7 @@ def keep_freed_memory() -> None:
         libc = ctypes.CDLL("libc.so.6")
         libc.mallopt(-4, 0)  # M_MMAP_MAX: no block of its own mapping
         libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: never trim
+        libc.mallopt(-8, 1)  # M_ARENA_MAX: the backward thread reuses what the forward freed
 
 
 def generator(seed: int) -> torch.Generator:
@@ -154,6 +156,23 @@ class StopSignal:
     def __exit__(self, *exc):
         for s, handler in self._before.items():
             signal.signal(s, handler)
+
+
+class _Help(argparse.ArgumentDefaultsHelpFormatter):
+    def _get_help_string(self, action):
+        shown = action.default not in (None, False, "")
+        return super()._get_help_string(action) if shown else action.help
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with defaults in the help, and errors of one line that end with status 2."""
+
+    def __init__(self, **kwargs):
+        kwargs.setdefault("formatter_class", _Help)
+        super().__init__(allow_abbrev=False, **kwargs)
+
+    def error(self, message: str):
+        self.exit(2, f"{self.prog}: {message}; --help lists the options\n")
 
 
 def run(main: Callable, args) -> None:

@@ -17,7 +17,16 @@ import torch
 from torch import Tensor
 
 from data import MASK_TEXT, decode, encode, load_tokenizer
-from runtime import atomic_write, autocast, generator, pick_device, pick_dtype, progress, run
+from runtime import (
+    Parser,
+    atomic_write,
+    autocast,
+    generator,
+    pick_device,
+    pick_dtype,
+    progress,
+    run,
+)
 from softmask import SoftMask, denoise, noise_level
 from weights import build_model, build_softmask, load_checkpoint
 
@@ -201,10 +210,8 @@ def main(args: argparse.Namespace) -> None:
     )
 
 
-def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(
-        description="Decode text.", formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+def parser() -> Parser:
+    p = Parser(description="Decode text.")
     g = p.add_argument_group("what")
     g.add_argument("--ckpt", default="out/ckpt.pt", help="a checkpoint, or its folder")
     g.add_argument("--num", type=int, default=1, help="samples")

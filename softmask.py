@@ -196,22 +196,22 @@ class SoftMask(nn.Module):
         rows: Tensor,
         feedback: Feedback,
         table: Tensor,
-        mask_id: int,
         scale: Tensor | float = 1.0,
     ) -> Tensor:
         """Section 3.1's sm(): blend the feedback into the embeddings at `rows`, leave the others.
 
-        embeddings (B, L, D); rows (N,) index the B * L positions, all of them masked; `scale`
-        multiplies lambda (appendix B.4). Gradients reach the table and the omegas.
+        embeddings (B, L, D); rows (N,) index the B * L positions, all of them masked; table (V, D);
+        `scale` multiplies lambda (appendix B.4). Gradients reach the table and the omegas.
         """
         candidates = feedback.mixed
         if candidates is None:
             vectors = at_least_float32(F.embedding(feedback.ids, table))  # (N, k, D)
             candidates = torch.einsum("nk,nkd->nd", feedback.weights.to(vectors.dtype), vectors)
+        flat = embeddings.flatten(0, 1)  # (B * L, D)
+        mask = at_least_float32(flat.index_select(0, rows))  # (N, D), each row E[m]
         lam = (scale * self.lam(feedback.neg_entropy))[:, None]  # (N, 1)
-        soft = (1 - lam) * at_least_float32(table[mask_id]) + lam * candidates  # (N, D), in float32
-        flat = embeddings.flatten(0, 1).index_copy(0, rows, soft.to(embeddings.dtype))
-        return flat.view_as(embeddings)
+        soft = (1 - lam) * mask + lam * candidates  # (N, D), in float32
+        return flat.index_copy(0, rows, soft.to(flat.dtype)).view_as(embeddings)
 
 
 def _inverse_softplus(y: float) -> float:
@@ -267,7 +267,7 @@ def denoise(
     """One pass g_theta over x_t (B, L), soft-masked at `rows` if there is feedback: (B, L, D)."""
     embeddings = model.embed(xt)  # (B, L, D)
     if feedback is not None:
-        embeddings = softmask(embeddings, rows, feedback, model.embedding, model.mask_id, scale)
+        embeddings = softmask(embeddings, rows, feedback, model.embedding, scale)
     return model.hidden(embeddings, sigma)
 
 

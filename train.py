@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from data import Corpus, decode, open_corpus, token_bytes, vocab_size
 from model import SIZES, DiT, DiTConfig
 from runtime import (
+    Parser,
     StopSignal,
     atomic_write,
     autocast,
@@ -442,11 +443,8 @@ FIXED = (
 )  # a run's own
 
 
-def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(
-        description="Train a masked diffusion language model, soft-masked or binary.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+def parser() -> Parser:
+    p = Parser(description="Train a masked diffusion language model, soft-masked or binary.")
     g = p.add_argument_group("method")
     g.add_argument("--sm", action="store_true", help="soft-masking, in two passes; else binary")
     g.add_argument("--k", default="3", help="tokens fed back; V: all, with a trained temperature")

@@ -569,7 +569,7 @@ def test_at_lambda_zero_the_embeddings_are_those_of_plain_masks(tiny, k):
     model = tiny()
     xt, _, rows, feedback = masked_example(model, k)
     plain = model.embed(xt)
-    soft = lively_softmask(k)(plain, rows, feedback, model.embedding, model.mask_id, scale=0.0)
+    soft = lively_softmask(k)(plain, rows, feedback, model.embedding, scale=0.0)
     assert torch.equal(soft, plain)
 
 
@@ -577,7 +577,7 @@ def test_at_lambda_one_with_k_one_the_argmax_token_takes_the_place_of_the_mask(t
     model, sm = tiny(), SoftMask(1)
     sm.set_omegas(1 - 1e-12, 10.0, -30.0)
     xt, masked, rows, feedback = masked_example(model, 1)
-    soft = sm(model.embed(xt), rows, feedback, model.embedding, model.mask_id)
+    soft = sm(model.embed(xt), rows, feedback, model.embedding)
     filled = xt.masked_scatter(masked, feedback.ids[:, 0])
     torch.testing.assert_close(soft, model.embed(filled), rtol=0, atol=1e-6)
 
@@ -588,7 +588,7 @@ def test_rows_without_feedback_keep_their_embeddings_bit_for_bit(tiny, k):
     xt, masked, rows, feedback = masked_example(model, k)
     plain = model.embed(xt)
     before = plain.clone()
-    soft = lively_softmask(k)(plain, rows, feedback, model.embedding, model.mask_id)
+    soft = lively_softmask(k)(plain, rows, feedback, model.embedding)
     assert torch.equal(soft[~masked], before[~masked])
     assert torch.equal(plain, before)
     assert (soft[masked] != before[masked]).any(-1).all()
@@ -604,7 +604,7 @@ def test_blend_equals_the_textbook_for_given_feedback(tiny):
     feedback = Feedback(
         torch.tensor([[0, 4], [9, 1]]), torch.tensor([[0.625, 0.375], [1.0, 0.0]]), torch.tensor(h)
     )
-    soft = sm(model.embed(xt), torch.tensor([1, 2]), feedback, model.embedding, V - 1)
+    soft = sm(model.embed(xt), torch.tensor([1, 2]), feedback, model.embedding)
     simplex = reference.soft_mask(xt, p, textbook_omegas(sm), 2, V - 1)
     torch.testing.assert_close(simplex.sum(-1), torch.ones(1, 3))
     torch.testing.assert_close(soft, simplex @ model.embedding)
@@ -617,7 +617,7 @@ def test_weights_of_mask_and_feedback_sum_to_one(tiny, k):
     with torch.no_grad():
         model.embedding.fill_(2.5)
     xt, _, rows, feedback = masked_example(model, k)
-    soft = lively_softmask(k)(model.embed(xt), rows, feedback, model.embedding, model.mask_id)
+    soft = lively_softmask(k)(model.embed(xt), rows, feedback, model.embedding)
     torch.testing.assert_close(soft, torch.full_like(soft, 2.5), rtol=1e-6, atol=0)
 
 
@@ -625,11 +625,11 @@ def test_scale_multiplies_lambda_for_all_rows_or_row_by_row(tiny):
     model, sm = tiny(), lively_softmask(3)
     xt, _, rows, feedback = masked_example(model, 3)
     plain, table = model.embed(xt), model.embedding
-    full = sm(plain, rows, feedback, table, V - 1) - plain
-    half = sm(plain, rows, feedback, table, V - 1, scale=0.5) - plain
+    full = sm(plain, rows, feedback, table) - plain
+    half = sm(plain, rows, feedback, table, scale=0.5) - plain
     torch.testing.assert_close(half, 0.5 * full, rtol=1e-4, atol=1e-6)
     scale = torch.rand(len(rows))
-    each = sm(plain, rows, feedback, table, V - 1, scale=scale) - plain
+    each = sm(plain, rows, feedback, table, scale=scale) - plain
     expected = scale[:, None] * full.flatten(0, 1)[rows]
     torch.testing.assert_close(each.flatten(0, 1)[rows], expected, rtol=1e-4, atol=1e-6)
 

@@ -373,7 +373,8 @@ def test_bad_flag_is_named_and_nothing_is_written(text, tmp_path, flags, message
 def test_unknown_size_is_refused_with_the_choices(capsys):
     with pytest.raises(SystemExit) as stopped:
         train.parse(["--config", "gigantic"])
-    assert stopped.value.code == 2 and "small" in capsys.readouterr().err
+    message = capsys.readouterr().err
+    assert stopped.value.code == 2 and "small" in message and message.count("\n") == 1
 
 
 def test_run_is_not_overwritten_unless_asked(go):
