@@ -1,26 +1,45 @@
-"""How files become networks and back.
+"""How files become networks and back. What a file is, is told from its content, not its name:
 
-A checkpoint of ours is one file that `torch.load(weights_only=True)` reads, so that opening a
-stranger's file runs no code of theirs. It holds `config`, `model`, `ema`, `softmask`, `optimizer`,
-`step`, `generator`, `rng`, `tokenizer` and `args`; beside it stands `softmask.json`, the omegas.
+    ours          a zip pickle that `torch.load(weights_only=True)` reads; see `save_checkpoint`
+    MDLM          Lightning's zip pickle: `state_dict` ("backbone." keys) and an EMA list
+    soft-masked   the same with `tran_head.*`, the omegas (the paper's released checkpoints)
+    hub           a folder or a hub id: config.json and safetensors with "backbone." keys
+
+`load_checkpoint` turns each into the same dictionary. No file makes code of its maker's run:
+pickles pass through an unpickler that knows tensors and plain containers, and for which every other
+class is an inert placeholder.
 """
 
+import collections
 import json
 import pickle
 import zipfile
 from pathlib import Path
 
+import numpy as np
 import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
 from model import DiT, DiTConfig
 from runtime import atomic_write
 from softmask import SoftMask
 
 FORMAT = "soft-masked-diffusion 1"
+HUB = {"mdlm-owt": "kuleshov-group/mdlm-owt"}
+GPT2_IDS = 50_258  # GPT-2's vocabulary and the mask
+
+
+# Our checkpoints
 
 
 def save_checkpoint(folder: Path, state: dict, softmask: SoftMask | None) -> None:
-    """Write `ckpt.pt`, and the omegas beside it as `softmask.json`; each appears whole."""
+    """Write `ckpt.pt`, and the omegas beside it as `softmask.json`; each appears whole.
+
+    state: `config`, `model`, `ema`, `updates`, `softmask`, `optimizer`, `step`, `generator`, `rng`,
+    `tokenizer`, `args`.
+    """
     with atomic_write(Path(folder) / "ckpt.pt") as f:
         torch.save({"format": FORMAT, **state}, f)
     save_omegas(folder, state["step"], softmask)
@@ -34,40 +53,315 @@ def save_omegas(folder: Path, step: int, softmask: SoftMask | None) -> None:
 
 
 def load_checkpoint(path: str, flag: str) -> dict:
-    """Read a checkpoint of ours. FileNotFoundError; ValueError where it is damaged or foreign."""
-    file = Path(path)
-    if file.is_dir():
-        file = file / "ckpt.pt"
-    if not file.is_file():
-        raise FileNotFoundError(f"{flag} {file}: no such file; train.py writes one as OUT/ckpt.pt")
+    """Read any form above into the dictionary of `save_checkpoint`; published forms fill `config`,
+    `model`, `ema` (None on the hub), `softmask`, `tokenizer` and `args`.
+
+    FileNotFoundError, or ValueError where a file is damaged or another's; both name `flag`.
+    """
+    place = Path(path)
+    if path in HUB or (not place.exists() and path.count("/") == 1 and not place.suffix):
+        place = _download(HUB.get(path, path), flag)
+    if place.is_dir():
+        kinds = (place / "ckpt.pt", place / "config.json")
+        found = next((file for file in kinds if file.exists()), None)
+        if found is None:
+            raise FileNotFoundError(f"{flag} {place}: neither ckpt.pt nor config.json in it")
+        place = found
+    if not place.is_file():
+        raise FileNotFoundError(f"{flag} {place}: no such file or folder")
     try:
-        with zipfile.ZipFile(file) as z:
-            broken = z.testzip()
-        if broken is not None:
-            raise ValueError(f"its part {broken} is damaged")
-        state = torch.load(file, map_location="cpu", weights_only=True)
-    except (
-        zipfile.BadZipFile,
-        pickle.UnpicklingError,
-        RuntimeError,
-        EOFError,
-        ValueError,
-        KeyError,
-    ) as e:
-        reason = str(e).splitlines()[0][:120] if str(e) else type(e).__name__
-        raise ValueError(f"{flag} {file}: not a whole checkpoint ({reason}); use another") from None
-    if not isinstance(state, dict) or state.get("format") != FORMAT:
-        raise ValueError(f"{flag} {file}: not a checkpoint of train.py ({FORMAT})")
-    return state
+        if place.name == "config.json":
+            return _from_hub(place.parent)
+        with open(place, "rb") as f:
+            start = f.read(9)
+        if start[8:] == b"{":  # safetensors: the length of a JSON header in eight bytes, then it
+            return _from_hub(place.parent, [place])
+        state = read_zip(place)
+        if isinstance(state, dict) and state.get("format") == FORMAT:
+            return torch.load(place, map_location="cpu", weights_only=True)
+        return _from_lightning(state)
+    except DAMAGE as error:
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise ValueError(f"{flag} {place}: no checkpoint that can be read: {reason}") from None
+
+
+DAMAGE = (
+    *(ArithmeticError, AttributeError, EOFError, LookupError, MemoryError, OSError, RuntimeError),
+    *(TypeError, ValueError, SafetensorError, pickle.UnpicklingError, zipfile.BadZipFile),
+)
+
+
+def _download(repository: str, flag: str) -> Path:
+    """The folder of a hub repository, from huggingface_hub's cache or the network."""
+    from huggingface_hub import snapshot_download  # slow to import, and most runs do without
+
+    try:
+        return Path(snapshot_download(repository, allow_patterns=["config.json", "*.safetensors*"]))
+    except Exception as error:  # the client's own errors, and those of the network under it
+        raise FileNotFoundError(
+            f"{flag} {repository}: not in the cache and not downloaded ({type(error).__name__}); "
+            f"fetch its config.json and model.safetensors from the hub into a folder and name that"
+        ) from None
+
+
+# Zip pickles, read without running them
+
+
+class Inert:
+    """Stands for an object of a class that is not admitted: takes anything, does nothing."""
+
+    def __new__(cls, *args, **kwargs):
+        return super().__new__(cls)
+
+    def _ignore(self, *args, **kwargs) -> None:
+        pass
+
+    __init__ = __setstate__ = __setitem__ = append = extend = add = _ignore
+
+
+class _Kind:
+    """A storage class of PyTorch's, of which only the number format matters."""
+
+    def __init__(self, dtype: torch.dtype):
+        self.dtype = dtype
+
+
+STORAGES = {
+    "DoubleStorage": torch.float64, "FloatStorage": torch.float32, "HalfStorage": torch.float16,
+    "BFloat16Storage": torch.bfloat16, "LongStorage": torch.int64, "IntStorage": torch.int32,
+    "ShortStorage": torch.int16, "CharStorage": torch.int8, "ByteStorage": torch.uint8,
+    "BoolStorage": torch.bool,
+}  # fmt: skip
+
+
+def _rebuild_tensor(flat: Tensor, offset: int, size: tuple, stride: tuple, *rest) -> Tensor:
+    last = offset + sum((n - 1) * s for n, s in zip(size, stride, strict=True))
+    if min((offset, *size, *stride)) < 0 or (0 not in size and last >= len(flat)):
+        raise ValueError("a tensor reaches beyond its storage")
+    return flat.as_strided(size, stride, offset)
+
+
+ADMITTED = {
+    ("collections", "OrderedDict"): collections.OrderedDict,
+    ("torch._utils", "_rebuild_tensor_v2"): _rebuild_tensor,
+    ("torch._utils", "_rebuild_parameter"): lambda data, *rest: data,
+    **{("torch", name): _Kind(dtype) for name, dtype in STORAGES.items()},
+}
+
+
+class _Unpickler(pickle.Unpickler):
+    def __init__(self, file, storage):
+        super().__init__(file, encoding="utf-8")
+        self.storage = storage
+
+    def find_class(self, module: str, name: str):
+        return ADMITTED.get((module, name), Inert)
+
+    def persistent_load(self, pid: tuple) -> Tensor:
+        kind, key, numel = pid[1], pid[2], pid[4]
+        return self.storage(key, kind.dtype, numel)
+
+
+def read_zip(file: Path):
+    """The object in a zip that torch.save wrote; its tensors are mapped, not read.
+
+    Every class but tensors and plain containers is `Inert`, so nothing in the file is executed.
+    Checksums are verified. ValueError, or what the standard library raises, where it is damaged.
+    """
+    with zipfile.ZipFile(file) as z:
+        damaged = z.testzip()
+        if damaged is not None:
+            raise ValueError(f"its part {damaged} is damaged")
+        pickles = [n for n in z.namelist() if n.count("/") == 1 and n.endswith("/data.pkl")]
+        if len(pickles) != 1:
+            raise ValueError("a zip without PyTorch's data.pkl")
+        root = pickles[0].removesuffix("data.pkl")
+        if z.getinfo(pickles[0]).file_size > 2**28:
+            raise ValueError("its data.pkl is larger than any network's")
+
+        def storage(key: str, dtype: torch.dtype, numel: int) -> Tensor:
+            part = z.getinfo(f"{root}data/{key}")
+            size = numel * dtype.itemsize
+            if part.compress_type != zipfile.ZIP_STORED or not 0 <= size <= part.file_size:
+                raise ValueError(f"its part {part.filename} is not a tensor's storage")
+            if not size:
+                return torch.empty(0, dtype=dtype)
+            z.fp.seek(part.header_offset + 26)  # the local header ends with a name and extras
+            lengths = int.from_bytes(z.fp.read(2), "little"), int.from_bytes(z.fp.read(2), "little")
+            start = part.header_offset + 30 + sum(lengths)
+            return torch.from_numpy(np.memmap(file, np.uint8, "c", start, size)).view(dtype)
+
+        with z.open(pickles[0]) as f:
+            return _Unpickler(f, storage).load()
+
+
+# Published forms of the MDLM network
+
+
+def mdlm_names(n_layers: int) -> list[tuple[str, str]]:
+    """(published, ours) names of all parameters, in the order of the published EMA list."""
+    block = [
+        *("norm1.weight", "attn_qkv.weight", "attn_out.weight", "norm2.weight"),
+        *("mlp.0.weight", "mlp.0.bias", "mlp.2.weight", "mlp.2.bias"),
+        *("adaLN_modulation.weight", "adaLN_modulation.bias"),
+    ]
+    names = ["vocab_embed.embedding"]
+    names += [f"sigma_map.mlp.{i}.{part}" for i in (0, 2) for part in ("weight", "bias")]
+    names += [f"blocks.{i}.{name}" for i in range(n_layers) for name in block]
+    names += [
+        *("output_layer.norm_final.weight", "output_layer.linear.weight"),
+        *("output_layer.linear.bias", "output_layer.adaLN_modulation.weight"),
+        "output_layer.adaLN_modulation.bias",
+    ]
+
+    def ours(name: str) -> str:
+        for old, new in (
+            ("vocab_embed.", ""), ("output_layer.linear", "head"), ("output_layer.", ""),
+            ("adaLN_modulation", "adaLN"),
+        ):  # fmt: skip
+            name = name.replace(old, new)
+        return name
+
+    return [(name, ours(name)) for name in names]
+
+
+def _from_lightning(state) -> dict:
+    if not isinstance(state, dict) or not isinstance(state.get("state_dict"), dict):
+        looked = 'a "state_dict" (MDLM) or "format" (ours)'
+        found = list(state)[:5] if isinstance(state, dict) else type(state).__name__
+        raise ValueError(f"looked for {looked}, found {found}")
+    config, model = _published(state["state_dict"])
+    ema = state.get("ema")
+    shadow = ema.get("shadow_params") if isinstance(ema, dict) else None
+    if shadow is not None:
+        names = mdlm_names(config.n_layers)
+        if len(shadow) != len(names):
+            raise ValueError(f"its EMA list has {len(shadow)} tensors, the network {len(names)}")
+        _, averaged = _published({f"backbone.{n}": w for (n, _), w in zip(names, shadow)})
+        shadow = [averaged[name] for name in _shapes(config)]
+    return _state(config, model, shadow, _released_omegas(state["state_dict"]))
+
+
+def _released_omegas(weights: dict) -> dict | None:
+    """The omegas of `tran_head.raw_*`; the released head adds 1e-6 to each softplus."""
+    if "tran_head.raw_scale" not in weights:
+        return None
+    names = ("raw_scale", "raw_steep", "raw_centre_neg", "raw_temperature")
+    scale, *others = (weights[f"tran_head.{name}"].float().reshape(()) for name in names)
+    steep, centre, _ = (F.softplus(v).item() + 1e-6 for v in others)
+    softmask = SoftMask(3)
+    softmask.set_omegas(torch.sigmoid(scale).item(), steep, -centre)
+    return {"k": softmask.k, "state": softmask.state_dict()}
+
+
+def _from_hub(folder: Path, files: list[Path] | None = None) -> dict:
+    index = folder / "model.safetensors.index.json"
+    where = None
+    if files is None and index.exists():
+        where = json.loads(index.read_text())["weight_map"]
+        files = [folder / name for name in sorted(set(where.values()))]
+    files = files or sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise ValueError("no .safetensors beside its config.json")
+    weights = {}
+    for file in files:
+        if not file.exists():
+            raise ValueError(f"its shard {file.name} is missing; fetch it again")
+        with safe_open(file, framework="pt") as f:
+            weights |= {key: f.get_tensor(key) for key in f.keys()}
+    absent = sorted(set(where or ()) - weights.keys())
+    if absent:
+        raise ValueError(f"its index names {absent[0]}, which no shard holds")
+    hub = {}
+    if (folder / "config.json").exists():
+        hub = json.loads((folder / "config.json").read_text())
+    config, model = _published(weights, hub)
+    return _state(config, model, None, None)
+
+
+def _published(weights: dict, hub: dict | None = None) -> tuple[DiTConfig, dict[str, Tensor]]:
+    """Config and weights, under our names and in float32, of "backbone." keys.
+
+    Sizes are read off the shapes and must agree with config.json (`hub`) where there is one.
+    ValueError that names the first missing, unexpected and misshapen keys.
+    """
+    found = {
+        key.removeprefix("backbone."): value
+        for key, value in weights.items()
+        if isinstance(key, str) and key.startswith("backbone.") and "inv_freq" not in key
+    }
+    table, sigma = found.get("vocab_embed.embedding"), found.get("sigma_map.mlp.2.weight")
+    for name, value in (("vocab_embed.embedding", table), ("sigma_map.mlp.2.weight", sigma)):
+        if not isinstance(value, Tensor) or value.dim() != 2:
+            shown = [str(key) for key in list(weights)[:3]]
+            raise ValueError(f"looked for backbone.{name} of an MDLM network, found {shown}")
+    n_layers = len({key.split(".")[1] for key in found if key.startswith("blocks.")})
+    hub = hub or {}
+    config = DiTConfig(
+        vocab_size=table.shape[0],
+        block_size=hub.get("model_length", 1024),
+        n_layers=n_layers,
+        n_heads=hub.get("n_heads", max(1, table.shape[1] // 64)),
+        width=table.shape[1],
+        cond_dim=sigma.shape[0],
+        dropout=hub.get("dropout", 0.1),
+        time_conditioning=bool(hub.get("time_conditioning", False)),
+    )
+    stated = {"vocab_size": config.vocab_size, "hidden_dim": config.width, "n_blocks": n_layers}
+    for key, value in (stated | {"cond_dim": config.cond_dim}).items():
+        if hub.get(key, value) != value:
+            raise ValueError(f"config.json says {key} {hub[key]}, the weights {value}")
+    names = mdlm_names(n_layers)
+    want = _shapes(config)
+    problems = []
+    missing = [p for p, _ in names if not isinstance(found.get(p), Tensor)]
+    unexpected = sorted(found.keys() - {p for p, _ in names})
+    misshapen = [p for p, o in names if p not in missing and found[p].shape != want[o]]
+    if missing:
+        problems.append(f"missing {missing[0]}")
+    if unexpected:
+        problems.append(f"unexpected {unexpected[0]}")
+    if misshapen:
+        p = misshapen[0]
+        fits = tuple(want[dict(names)[p]])
+        problems.append(f"{p} of shape {tuple(found[p].shape)}, where {fits} fits")
+    if problems:
+        raise ValueError(f"not an MDLM network of {n_layers} blocks: {', '.join(problems)}")
+    integer = [p for p, _ in names if not found[p].is_floating_point()]
+    if integer:
+        raise ValueError(f"{integer[0]} holds {found[integer[0]].dtype}, not weights")
+    return config, {ours: found[p].float() for p, ours in names}
+
+
+def _shapes(config: DiTConfig) -> dict[str, torch.Size]:
+    with torch.device("meta"):
+        return {name: p.shape for name, p in DiT(config).named_parameters()}
+
+
+def _state(config: DiTConfig, model: dict, ema: list | None, softmask: dict | None) -> dict:
+    if config.vocab_size != GPT2_IDS:
+        raise ValueError(f"a vocabulary of {config.vocab_size}; published ones have {GPT2_IDS}")
+    return {
+        "format": FORMAT, "config": config.to_dict(), "model": model, "ema": ema,
+        "softmask": softmask, "step": 0, "tokenizer": {"name": "gpt2"},
+        "args": {"data": None, "block_size": config.block_size},
+    }  # fmt: skip
+
+
+# Networks
 
 
 def build_model(state: dict, ema: bool, **changes) -> DiT:
-    """The network of a checkpoint with its EMA or raw weights; `changes` replace config entries."""
-    model = DiT(DiTConfig(**state["config"] | changes))
-    model.load_state_dict(state["model"])
-    if ema:
-        for p, shadow in zip(model.parameters(), state["ema"], strict=True):
-            p.data.copy_(shadow)
+    """The network of a checkpoint with its EMA weights where asked for and there, or its raw ones;
+    `changes` replace config entries. ValueError where the parts do not belong together."""
+    try:
+        model = DiT(DiTConfig(**state["config"] | changes))
+        model.load_state_dict(state["model"])
+        if ema and state["ema"] is not None:
+            for p, shadow in zip(model.parameters(), state["ema"], strict=True):
+                p.data.copy_(shadow)
+    except (TypeError, KeyError, RuntimeError, AttributeError) as error:
+        raise ValueError(f"a checkpoint whose parts do not fit: {str(error)[:200]}") from None
     return model
 
 

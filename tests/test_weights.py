@@ -1,27 +1,55 @@
-"""A damaged or foreign checkpoint is one line; opening one runs no code of its maker's."""
+"""Published forms open to the bit; damaged and hostile files cost one line and run nothing."""
 
+import json
 import os
 import pickle
 import random
+import struct
 import zipfile
 
 import pytest
 import torch
+from conftest import randomise
+from published import write_hub, write_lightning
 
 import weights
-from model import SIZES, DiT, DiTConfig
+from model import DiT, DiTConfig
 from softmask import SoftMask
+
+SIZES = dict(vocab_size=40, block_size=1024, n_layers=2, n_heads=1, width=64, cond_dim=16)
+
+
+@pytest.fixture(autouse=True)
+def small_vocabulary(monkeypatch):
+    monkeypatch.setattr(weights, "GPT2_IDS", SIZES["vocab_size"])
+
+
+@pytest.fixture(scope="module")
+def networks():
+    """Two different random networks: raw and averaged weights."""
+    torch.manual_seed(1)
+    pair = [DiT(DiTConfig(**SIZES)).eval() for _ in range(2)]
+    for model in pair:
+        randomise(model)
+    return pair
+
+
+def logits(model):
+    tokens = torch.arange(39)[None]
+    return model.logits(model.eval().hidden(model.embed(tokens), torch.tensor([0.5]))[0])
+
+
+def load(path, ema=False):
+    return weights.build_model(weights.load_checkpoint(str(path), "--ckpt"), ema)
 
 
 @pytest.fixture
-def folder(tmp_path):
-    torch.manual_seed(0)
-    model = DiT(DiTConfig(40, **SIZES["nano"]))
+def folder(tmp_path, networks):
     softmask = SoftMask(3, omega_s=0.25, lower_bound=-2.0)
     state = {
-        "config": model.config.to_dict(),
-        "model": model.state_dict(),
-        "ema": [p.detach() + 1 for p in model.parameters()],
+        "config": networks[0].config.to_dict(),
+        "model": networks[0].state_dict(),
+        "ema": [p.detach() for p in networks[1].parameters()],
         "softmask": {"k": 3, "state": softmask.state_dict()},
         "step": 7,
     }
@@ -29,78 +57,285 @@ def folder(tmp_path):
     return tmp_path
 
 
-def test_raw_and_averaged_weights_come_back_to_the_bit(folder):
-    state = weights.load_checkpoint(str(folder), "--ckpt")
-    raw, ema = (weights.build_model(state, ema=ema) for ema in (False, True))
-    for (name, p), q in zip(raw.named_parameters(), ema.parameters()):
-        assert torch.equal(p, state["model"][name]) and torch.equal(p + 1, q)
+# Round trips
 
 
-def test_omegas_come_back(folder):
+def test_our_raw_and_averaged_weights_come_back_to_the_bit(folder, networks):
+    for path in (folder, folder / "ckpt.pt"):
+        assert torch.equal(logits(load(path)), logits(networks[0]))
+        assert torch.equal(logits(load(path, ema=True)), logits(networks[1]))
+
+
+def test_our_checkpoint_opens_with_weights_only(folder):
+    assert torch.load(folder / "ckpt.pt", weights_only=True)["step"] == 7
+
+
+def test_omegas_come_back_and_stand_beside_the_checkpoint(folder):
     softmask = weights.build_softmask(weights.load_checkpoint(str(folder), "--ckpt"))
     want = {"omega_s": 0.25, "omega_a": 5.0, "omega_b": -1.0}
     assert softmask.k == 3 and softmask.omegas() == pytest.approx(want)
+    beside = json.loads((folder / "softmask.json").read_text())
+    assert beside == {"step": 7, "k": 3, **softmask.omegas()}
 
 
-def test_missing_file_is_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"--init .*nowhere\.pt: no such file"):
-        weights.load_checkpoint(str(tmp_path / "nowhere.pt"), "--init")
+def test_lightning_checkpoint_opens_without_its_libraries(tmp_path, networks):
+    """The name of the file says nothing: content decides."""
+    file = tmp_path / "weights.bin"
+    write_lightning(file, *networks, adam=True)
+    assert torch.equal(logits(load(file)), logits(networks[0]))
+    assert torch.equal(logits(load(file, ema=True)), logits(networks[1]))
+    state = weights.load_checkpoint(str(file), "--init")
+    assert state["tokenizer"] == {"name": "gpt2"} and state["softmask"] is None
 
 
-@pytest.mark.parametrize("share", [0.0, 0.01, 0.5, 0.99])
-def test_truncated_file_is_refused(folder, share):
-    file = folder / "ckpt.pt"
+def test_ema_order_is_that_of_the_published_list(tmp_path, networks):
+    """Every parameter of the average holds its own place in the published order."""
+    model = DiT(DiTConfig(**SIZES))
+    for place, (_, name) in enumerate(weights.mdlm_names(2)):
+        model.get_parameter(name).data.fill_(place)
+    write_lightning(tmp_path / "mdlm.ckpt", networks[0], model)
+    loaded = load(tmp_path / "mdlm.ckpt", ema=True)
+    for name, p in loaded.named_parameters():
+        assert torch.equal(p, model.get_parameter(name)), name
+
+
+def test_full_size_network_has_the_published_130_tensors():
+    names = weights.mdlm_names(12)
+    assert len(names) == len({ours for _, ours in names}) == 130
+    assert names[0][0] == "vocab_embed.embedding"
+    assert [n for n, _ in names[-5:]] == [
+        "output_layer.norm_final.weight", "output_layer.linear.weight", "output_layer.linear.bias",
+        "output_layer.adaLN_modulation.weight", "output_layer.adaLN_modulation.bias",
+    ]  # fmt: skip
+
+
+def test_released_soft_masking_checkpoint_brings_its_omegas(tmp_path, networks):
+    raw = {"raw_scale": 0.4, "raw_steep": 2.0, "raw_centre_neg": 1.0, "raw_temperature": 0.5}
+    write_lightning(tmp_path / "sm.ckpt", *networks, omegas=raw)
+    omegas = weights.build_softmask(
+        weights.load_checkpoint(str(tmp_path / "sm.ckpt"), "-")
+    ).omegas()
+    softplus = torch.nn.functional.softplus
+    assert omegas["omega_s"] == pytest.approx(torch.sigmoid(torch.tensor(0.4)).item())
+    assert omegas["omega_a"] == pytest.approx(softplus(torch.tensor(2.0)).item() + 1e-6)
+    assert omegas["omega_b"] == pytest.approx(-softplus(torch.tensor(1.0)).item() - 1e-6)
+
+
+@pytest.mark.parametrize("shards", [1, 3])
+def test_hub_folder_opens_sharded_or_not(tmp_path, shards):
+    torch.manual_seed(2)
+    model = DiT(
+        DiTConfig(**(SIZES | dict(n_heads=4, block_size=50, time_conditioning=True)))
+    ).eval()
+    randomise(model)
+    write_hub(tmp_path / "hub", model, shards)
+    loaded = load(tmp_path / "hub")
+    assert loaded.config == model.config and torch.equal(logits(loaded), logits(model))
+    assert torch.equal(logits(load(tmp_path / "hub", ema=True)), logits(model))
+    if shards == 1:
+        assert torch.equal(logits(load(tmp_path / "hub" / "model.safetensors")), logits(model))
+
+
+def test_half_precision_weights_are_widened(tmp_path, networks):
+    half = DiT(networks[0].config)
+    half.load_state_dict(networks[0].state_dict())
+    write_hub(tmp_path / "hub", half.bfloat16())
+    p = load(tmp_path / "hub").head.weight
+    assert p.dtype == torch.float32 and torch.equal(p, half.head.weight.float())
+
+
+def test_hub_id_without_network_or_cache_says_what_to_fetch(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    for name in ("mdlm-owt", "kuleshov-group/mdlm-owt"):
+        with pytest.raises(FileNotFoundError, match=r"kuleshov-group/mdlm-owt.*model\.safetensors"):
+            weights.load_checkpoint(name, "--init")
+
+
+# Damage
+
+
+@pytest.fixture(params=["ours", "lightning", "hub"])
+def file(request, tmp_path, networks, folder):
+    """One whole file of each form."""
+    if request.param == "ours":
+        return folder / "ckpt.pt"
+    if request.param == "lightning":
+        write_lightning(tmp_path / "mdlm.ckpt", *networks)
+        return tmp_path / "mdlm.ckpt"
+    write_hub(tmp_path / "hub", networks[0])
+    return tmp_path / "hub" / "model.safetensors"
+
+
+@pytest.mark.parametrize("share", [0.0, 0.0001, 0.01, 0.5, 0.99])
+def test_truncated_file_is_refused(file, share):
     os.truncate(file, int(file.stat().st_size * share))
-    with pytest.raises(ValueError, match=r"--ckpt .*not a whole checkpoint"):
-        weights.load_checkpoint(str(folder), "--ckpt")
+    with pytest.raises(ValueError, match=r"--ckpt .*no checkpoint that can be read"):
+        load(file)
 
 
-def test_mutated_files_load_or_are_refused(folder):
-    file = folder / "ckpt.pt"
+def test_mutated_files_load_or_are_refused(file):
+    """Bytes of the structure, where damage is most varied, and of the whole file."""
     whole = file.read_bytes()
     rng = random.Random(0)
     refused = 0
-    for _ in range(100):
+    for attempt in range(150):
         broken = bytearray(whole)
-        for _ in range(rng.choice([1, 20])):
-            broken[rng.randrange(len(broken))] = rng.randrange(256)
+        reach = len(broken) if attempt % 2 else 4000
+        from_end = attempt % 4 == 0 and file.suffix != ".safetensors"
+        for _ in range(rng.choice([1, 3, 30])):
+            at = rng.randrange(reach)
+            broken[len(broken) - 1 - at if from_end else at] = rng.randrange(256)
         file.write_bytes(broken)
         try:
-            weights.build_model(weights.load_checkpoint(str(folder), "--ckpt"), ema=True)
-        except ValueError as error:
-            assert "--ckpt" in str(error)
+            load(file)
+        except (ValueError, FileNotFoundError) as error:
+            assert str(file.name) in str(error) or "parts do not fit" in str(error)
             refused += 1
-    assert refused > 50
+    assert refused > 60
+
+
+def test_missing_places_are_named(tmp_path):
+    for path, message in (
+        (tmp_path / "nowhere.pt", r"--init .*nowhere\.pt: no such file"),
+        (tmp_path, "neither ckpt.pt nor config.json"),
+    ):
+        with pytest.raises(FileNotFoundError, match=message):
+            weights.load_checkpoint(str(path), "--init")
+
+
+def test_missing_shard_and_lying_index_are_named(tmp_path, networks):
+    write_hub(tmp_path / "hub", networks[0], shards=3)
+    index = tmp_path / "hub" / "model.safetensors.index.json"
+    content = json.loads(index.read_text())
+    content["weight_map"]["backbone.extra"] = "model-0.safetensors"
+    index.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=r"backbone\.extra, which no shard holds"):
+        load(tmp_path / "hub")
+    (tmp_path / "hub" / "model-1.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"model-1\.safetensors is missing"):
+        load(tmp_path / "hub")
+
+
+def test_header_longer_than_the_file_is_refused(tmp_path):
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(struct.pack("<Q", 2**40) + b"{}")
+    with pytest.raises(ValueError, match="no checkpoint that can be read"):
+        load(file)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda w: w.pop("backbone.blocks.1.mlp.0.bias"), r"missing blocks\.1\.mlp\.0\.bias"),
+        (lambda w: w.update({"backbone.extra": torch.zeros(1)}), "unexpected extra"),
+        (
+            lambda w: w.update({"backbone.blocks.0.attn_out.weight": torch.zeros(3, 64)}),
+            r"attn_out\.weight of shape \(3, 64\), where \(64, 64\) fits",
+        ),
+        (
+            lambda w: w.update({"backbone.output_layer.norm_final.weight": torch.zeros(64).long()}),
+            "torch.int64, not weights",
+        ),
+        (lambda w: w.clear(), "looked for backbone.vocab_embed.embedding"),
+    ],
+)
+def test_unfit_network_names_the_key(tmp_path, networks, monkeypatch, change, message):
+    import published
+
+    real = published.published_keys
+
+    def changed(model):
+        keys = real(model)
+        change(keys)
+        return keys
+
+    monkeypatch.setattr(published, "published_keys", changed)
+    write_lightning(tmp_path / "mdlm.ckpt", networks[0], None)
+    with pytest.raises(ValueError, match=message):
+        load(tmp_path / "mdlm.ckpt")
+
+
+def test_short_ema_list_and_other_vocabulary_are_refused(tmp_path, networks, monkeypatch):
+    write_lightning(tmp_path / "mdlm.ckpt", *networks)
+    monkeypatch.setattr(weights, "GPT2_IDS", 50_258)
+    with pytest.raises(ValueError, match="a vocabulary of 40"):
+        load(tmp_path / "mdlm.ckpt")
+
+
+def test_foreign_files_say_what_was_looked_for(tmp_path):
+    file = tmp_path / "ckpt.pt"
+    for content in ({"weights": 3}, [1, 2]):
+        torch.save(content, file)
+        with pytest.raises(ValueError, match=r'looked for a "state_dict" \(MDLM\) or "format"'):
+            load(file)
+    with zipfile.ZipFile(file, "w") as z:
+        z.writestr("hello", "world")
+    with pytest.raises(ValueError, match=r"without PyTorch's data\.pkl"):
+        load(file)
+
+
+# Malice
 
 
 class Payload:
+    """Unpickled by an ordinary unpickler, it makes a folder."""
+
     def __init__(self, path):
-        self.path = path
+        self.path = str(path)
 
     def __reduce__(self):
         return (os.mkdir, (self.path,))
 
 
-def test_a_pickle_that_runs_code_runs_nothing(tmp_path):
-    trap = str(tmp_path / "sprung")
-    torch.save({"format": weights.FORMAT, "model": Payload(trap)}, tmp_path / "ckpt.pt")
-    with pytest.raises(ValueError, match="--ckpt"):
-        weights.load_checkpoint(str(tmp_path), "--ckpt")
-    (tmp_path / "ckpt.pt").write_bytes(pickle.dumps(Payload(trap)))
-    with pytest.raises(ValueError, match="--ckpt"):
-        weights.load_checkpoint(str(tmp_path), "--ckpt")
-    assert not os.path.exists(trap)
+class Setter(Payload):
+    def __reduce__(self):
+        return (eval, (f"__import__('os').mkdir({self.path!r})",))
 
 
-def test_foreign_files_are_refused(tmp_path):
-    file = tmp_path / "ckpt.pt"
-    torch.save({"state_dict": {}}, file)
-    with pytest.raises(ValueError, match="not a checkpoint of train"):
-        weights.load_checkpoint(str(file), "--ckpt")
-    torch.save([1, 2], file)
-    with pytest.raises(ValueError, match="not a checkpoint of train"):
-        weights.load_checkpoint(str(file), "--ckpt")
-    with zipfile.ZipFile(file, "w") as z:
-        z.writestr("hello", "world")
-    with pytest.raises(ValueError, match="not a whole checkpoint"):
-        weights.load_checkpoint(str(file), "--ckpt")
+@pytest.mark.parametrize("kind", [Payload, Setter])
+def test_code_in_a_file_is_never_run(tmp_path, networks, kind):
+    trap, file = tmp_path / "sprung", tmp_path / "ckpt.pt"
+    for content in (
+        {"format": weights.FORMAT, "x": kind(trap)},
+        {"state_dict": kind(trap)},
+        kind(trap),
+    ):
+        torch.save(content, file)
+        with pytest.raises(ValueError, match="--ckpt"):
+            load(file)
+    file.write_bytes(pickle.dumps(kind(trap)))  # no zip at all
+    with pytest.raises(ValueError, match="--ckpt"):
+        load(file)
+    assert not trap.exists()
+    with zipfile.ZipFile(file, "w") as z:  # what torch.load would take for a compiled program
+        z.writestr("ckpt/data.pkl", pickle.dumps(kind(trap)))
+        z.writestr("ckpt/constants.pkl", pickle.dumps(kind(trap)))
+    with pytest.raises(ValueError, match="--ckpt"):
+        load(file)
+    assert not trap.exists()
+    pickle.loads(pickle.dumps(kind(trap)))
+    assert trap.exists(), "the payload works where it is let"
+
+
+def test_payload_beside_real_weights_is_ignored(tmp_path, networks, monkeypatch):
+    trap = tmp_path / "sprung"
+    real = torch.save
+    monkeypatch.setattr(torch, "save", lambda s, p: real(s | {"callbacks": Payload(trap)}, p))
+    write_lightning(tmp_path / "mdlm.ckpt", *networks)
+    assert torch.equal(logits(load(tmp_path / "mdlm.ckpt")), logits(networks[0]))
+    assert not trap.exists()
+
+
+def test_tensor_beyond_its_storage_is_refused(tmp_path):
+    for offset, size, stride in (
+        (0, (9,), (1,)),
+        (5, (4,), (1,)),
+        (-1, (2,), (1,)),
+        (0, (3,), (4,)),
+    ):
+        with pytest.raises(ValueError, match="beyond its storage"):
+            weights._rebuild_tensor(torch.zeros(8), offset, size, stride)
+    assert weights._rebuild_tensor(torch.arange(8), 1, (2, 3), (3, 1)).tolist() == [
+        [1, 2, 3],
+        [4, 5, 6],
+    ]
