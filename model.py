@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from softmask import at_least_float32
 
@@ -135,7 +136,7 @@ class DiT(nn.Module):
 
     def __init__(self, config: DiTConfig):
         super().__init__()
-        self.config = config
+        self.config, self.checkpoint_activations = config, False
         self.vocab_size, self.mask_id = config.vocab_size, config.vocab_size - 1
         self.embedding = nn.Parameter(torch.empty(config.vocab_size, config.width))
         nn.init.kaiming_uniform_(self.embedding, a=math.sqrt(5))
@@ -173,7 +174,10 @@ class DiT(nn.Module):
         c = self.sigma_map(sigma)  # (B or 1, cond_dim)
         x, cos, sin = embeddings, self.cos[:length], self.sin[:length]
         for block in self.blocks:
-            x = block(x, c, cos, sin)
+            if self.checkpoint_activations and torch.is_grad_enabled():
+                x = checkpoint(block, x, c, cos, sin, use_reentrant=False)
+            else:
+                x = block(x, c, cos, sin)
         return self.norm_final(x, *self.adaLN(c).chunk(2, dim=-1))
 
     def logits(self, rows: Tensor) -> Tensor:

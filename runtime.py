@@ -1,26 +1,33 @@
 """The machine, not the method: what every script needs of the computer it runs on.
 
-Device and number format, seeded generators, files written whole or not at all, signals that let
-the current step finish, errors of one line, progress bars.
+Device and number format, the processes of a torchrun job, seeded generators, files written whole or
+not at all, signals that let the current step finish, errors of one line, progress bars.
 """
 
 import argparse
+import atexit
 import contextlib
 import ctypes
 import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from tqdm import tqdm
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def pick_device(name: str = "auto") -> torch.device:
-    """`auto` is cuda, else mps, else cpu. ValueError for a device that is not there."""
+    """`auto` is cuda, else mps, else cpu; under torchrun each process takes a GPU of its own.
+
+    ValueError for a device that is not there.
+    """
     available = {
         "cuda": torch.cuda.is_available(),
         "mps": torch.backends.mps.is_available(),
@@ -33,6 +40,9 @@ def pick_device(name: str = "auto") -> torch.device:
         raise ValueError(f"--device {name}: not available here; there is {', '.join(there)}")
     if name == "cpu":
         keep_freed_memory()
+    if name == "cuda":
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+        torch.cuda.set_device(name)
     return torch.device(name)
 
 
@@ -88,8 +98,67 @@ def set_rng(rng: dict[str, torch.Tensor], device: torch.device) -> None:
 
 
 def progress(iterable=None, **kwargs) -> tqdm:
-    """A tqdm bar on stderr, silent where stderr is not a terminal."""
-    return tqdm(iterable, file=sys.stderr, disable=None, dynamic_ncols=True, **kwargs)
+    """A tqdm bar on stderr, silent where stderr is not a terminal, and on all ranks but 0."""
+    silent = True if os.environ.get("RANK", "0") != "0" else None
+    return tqdm(iterable, file=sys.stderr, disable=silent, dynamic_ncols=True, **kwargs)
+
+
+# The processes of a job
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among those of a torchrun job; alone without torchrun."""
+
+    rank: int = 0
+    size: int = 1
+    device: torch.device | None = None
+
+    def reduce(self, value: float, op: str = "SUM") -> float:
+        """The SUM or MAX of a number over all processes."""
+        if self.size == 1:
+            return value
+        number = torch.tensor(value, dtype=torch.float64, device=self.device)
+        dist.all_reduce(number, getattr(dist.ReduceOp, op))
+        return number.item()
+
+    def gather(self, thing) -> list:
+        """`thing` of every process, in the order of their ranks."""
+        if self.size == 1:
+            return [thing]
+        things = [None] * self.size
+        dist.all_gather_object(things, thing)
+        return things
+
+    @contextlib.contextmanager
+    def first(self) -> Iterator[None]:
+        """Rank 0 does what is within first, the others after it: they find its files."""
+        if self.rank > 0:
+            dist.barrier()
+        yield
+        if self.rank == 0 and self.size > 1:
+            dist.barrier()
+
+
+ALONE = World()
+
+
+def join_world(device: torch.device) -> World:
+    """Join the job that torchrun's environment variables speak of: nccl on cuda, gloo elsewhere."""
+    if "WORLD_SIZE" not in os.environ:
+        return ALONE
+    try:
+        dist.init_process_group(
+            "nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=2)
+        )
+    except (RuntimeError, ValueError) as error:
+        place = ":".join(os.environ.get(name, "?") for name in ("MASTER_ADDR", "MASTER_PORT"))
+        reason = str(error).splitlines()[0]
+        raise ValueError(
+            f"torchrun: no job at {place} ({reason}); give another --master-port or --standalone"
+        ) from None
+    atexit.register(lambda: dist.is_initialized() and dist.destroy_process_group())
+    return World(dist.get_rank(), dist.get_world_size(), device)
 
 
 # Files
@@ -192,6 +261,8 @@ def run(main: Callable, args) -> None:
         message, status = "out of device memory: use a smaller --batch-size or --block-size", 2
     except MemoryError:
         message, status = "out of memory: use a smaller --batch-size or --block-size", 2
+    except dist.DistError as error:
+        message, status = f"another process of the job is gone ({error})", 2
     except (ValueError, OSError) as error:
         named = isinstance(error, OSError) and error.filename
         message = f"{error.filename}: {error.strerror}" if named else str(error)

@@ -10,26 +10,31 @@ OUT receives `ckpt.pt`, `softmask.json` (the omegas) and `metrics.jsonl`.
 import argparse
 import json
 import math
+import os
 import signal
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from data import Corpus, decode, open_corpus, token_bytes, vocab_size
 from model import SIZES, DiT, DiTConfig
 from runtime import (
+    ALONE,
     Parser,
     StopSignal,
+    World,
     atomic_write,
     autocast,
     generator,
     get_rng,
+    join_world,
     pick_device,
     pick_dtype,
     progress,
@@ -82,23 +87,44 @@ class EMA:
                 p.data = data
 
 
+class Objective(nn.Module):
+    """`diffusion_loss` as a module, which DistributedDataParallel can wrap."""
+
+    def __init__(self, model: nn.Module, softmask: SoftMask | None):
+        super().__init__()
+        self.model, self.softmask = model, softmask
+
+    def forward(self, x0: Tensor, t: Tensor, noise: Tensor, soft: Tensor) -> Tensor:
+        return diffusion_loss(self.model, x0, t, noise, self.softmask, soft)
+
+
 @dataclass
 class Run:
-    """Everything a training run changes or is made of. `g`, a CPU generator, draws data, times,
-    masks and soft-masked sequences; dropout draws from PyTorch's own generators."""
+    """Everything a training run changes or is made of.
+
+    `g`, a CPU generator with the same state in all processes, draws data, times, masks and
+    soft-masked sequences of the whole global batch, so that none of them depends on the number of
+    processes; dropout draws from PyTorch's own generators, which differ between processes.
+    """
 
     args: argparse.Namespace
+    world: World
     device: torch.device
     dtype: torch.dtype
     corpus: Corpus
     model: nn.Module
     softmask: SoftMask | None
+    objective: nn.Module
     ema: EMA
     optimizer: torch.optim.Optimizer
     g: torch.Generator
     step: int = 0
+    scores: dict[str, float] | None = None  # of the last validation
 
     def save(self, out: Path) -> None:
+        rng = self.world.gather(get_rng(self.device))
+        if self.world.rank > 0:
+            return
         state = {
             "config": self.model.config.to_dict(),
             "model": self.model.state_dict(),
@@ -108,7 +134,7 @@ class Run:
             "optimizer": self.optimizer.state_dict(),
             "step": self.step,
             "generator": self.g.get_state(),
-            "rng": [get_rng(self.device)],
+            "rng": rng,
             "tokenizer": self.corpus.meta["tokenizer"],
             "args": saved_args(self.args),
         }
@@ -123,26 +149,49 @@ class Run:
         for shadow, saved in zip(self.ema.shadow, state["ema"], strict=True):
             shadow.copy_(saved)
         self.g.set_state(state["generator"])
-        set_rng(state["rng"][0], self.device)
         self.step = state["step"]
+        if len(state["rng"]) == self.world.size:
+            set_rng(state["rng"][self.world.rank], self.device)
+        elif self.world.rank == 0:
+            was, now = len(state["rng"]), self.world.size
+            print(f"saved by {was} processes, resumed by {now}: same batches, new dropout draws")
+
+
+def share_batch(args: argparse.Namespace, size: int) -> None:
+    """Cut the global batch into equal shares for `size` processes, and a share into the fewest
+    equal micro-batches of at most --batch-size. ValueError where it does not divide."""
+    if args.global_batch is None:
+        args.global_batch = args.batch_size * args.grad_accum * size
+    share, rest = divmod(args.global_batch, size)
+    if rest:
+        raise ValueError(f"--global-batch {args.global_batch}: no multiple of {size} processes")
+    fewest = -(-share // args.batch_size)
+    args.grad_accum = next(n for n in range(fewest, share + 1) if share % n == 0)
 
 
 def set_up(args: argparse.Namespace) -> Run:
     """Corpus, network, soft mask and optimiser: new, from --init's weights, or of a stopped run."""
     device = pick_device(args.device)
     dtype = pick_dtype(args.dtype, device)
+    world = join_world(device)
+    share_batch(args, world.size)
     init = load_checkpoint(args.init, "--init") if args.init and not args.state else None
     source = args.state or init
     if init and args.tokenizer not in (None, init["tokenizer"]["name"]):
         made_with = init["tokenizer"]["name"]
         raise ValueError(f"--tokenizer {args.tokenizer}: --init was made with {made_with}")
-    corpus = open_corpus(args.data, source["tokenizer"] if source else args.tokenizer, args.cache)
+    with world.first():
+        tokenizer = source["tokenizer"] if source else args.tokenizer
+        corpus = open_corpus(args.data, tokenizer, args.cache)
     k = parse_k(args.k, vocab_size(corpus.tokenizer))
 
     torch.manual_seed(args.seed)
     if source:
+        use_ema = init is not None and args.init_weights == "ema"
         conditioning = args.time_conditioning or source["config"]["time_conditioning"]
-        model = build_model(source, ema=False, dropout=args.dropout, time_conditioning=conditioning)
+        model = build_model(
+            source, ema=use_ema, dropout=args.dropout, time_conditioning=conditioning
+        )
     else:
         sizes = dict(SIZES[args.config])
         sizes["block_size"] = args.block_size or sizes["block_size"]
@@ -154,6 +203,7 @@ def set_up(args: argparse.Namespace) -> Run:
                 **sizes,
             )
         )
+    model.checkpoint_activations = args.checkpoint_activations
     args.block_size = args.block_size or model.config.block_size
     if args.block_size > model.config.block_size:
         limit = model.config.block_size
@@ -172,7 +222,23 @@ def set_up(args: argparse.Namespace) -> Run:
         groups.append({"params": list(softmask.parameters()), "peak": args.lr_sm})
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.999), weight_decay=0.0, fused=True)
     ema = EMA(model.parameters(), args.ema)
-    whole = Run(args, device, dtype, corpus, model, softmask, ema, optimizer, generator(args.seed))
+    objective = Objective(model, softmask)
+    if world.size > 1:
+        objective = DistributedDataParallel(objective)
+    torch.manual_seed(args.seed + 1_000_003 * world.rank)  # dropout; the weights are drawn
+    whole = Run(
+        args,
+        world,
+        device,
+        dtype,
+        corpus,
+        model,
+        softmask,
+        objective,
+        ema,
+        optimizer,
+        generator(args.seed),
+    )
     if args.state:
         whole.restore(args.state)
         for group, peak in zip(optimizer.param_groups, (args.lr, args.lr_sm)):
@@ -221,28 +287,32 @@ def learning_rate(step: int, steps: int, warmup: int, decay: float) -> float:
 def training_step(r: Run) -> tuple[float, float]:
     """One step of Algorithm 1 over a global batch: the loss (nats a token) and the gradient norm.
 
-    A ValueError, before anything is changed, where either is not finite.
+    A FloatingPointError, before anything is changed, where either is not finite.
     """
     a, g = r.args, r.g
     if r.softmask is not None and r.step == a.sm_start > 0:
         start_omegas(r)
-    n = a.batch_size * a.grad_accum
+    n = a.global_batch
     x0 = r.corpus.batch(n, a.block_size, g)  # (n, L), line 2
     t = antithetic_times(torch.rand(n, generator=g), a.b_l, a.b_h)  # (n,), line 3
     noise = torch.rand(n, a.block_size, generator=g)
     u = torch.rand((), generator=g, dtype=torch.float64).item()
     soft = soft_sequences(u, n, a.p_sm if r.step >= a.sm_start else 0.0)  # (n,)
-    loss = 0.0
+    loss = torch.zeros((), device=r.device)
     for i in range(a.grad_accum):
-        share = [v[i :: a.grad_accum].to(r.device) for v in (x0, t, noise, soft)]
-        with autocast(r.device, r.dtype):
-            part = diffusion_loss(r.model, *share[:3], r.softmask, share[3]) / x0.numel()
-        part.backward()
-        loss += part.item()
+        mine = slice(r.world.rank + i * r.world.size, None, a.grad_accum * r.world.size)
+        share = [v[mine].to(r.device) for v in (x0, t, noise, soft)]
+        last = r.world.size == 1 or i == a.grad_accum - 1
+        with nullcontext() if last else r.objective.no_sync():
+            with autocast(r.device, r.dtype):
+                part = r.objective(*share) / x0.numel()  # line 8
+            (part * r.world.size).backward()  # processes average their gradients
+        loss += part.detach()
+    loss = r.world.reduce(loss.item())
     parameters = [p for group in r.optimizer.param_groups for p in group["params"]]
     norm = nn.utils.clip_grad_norm_(parameters, a.clip).item()
     if not (math.isfinite(loss) and math.isfinite(norm)):
-        raise ValueError(f"loss {loss}, gradient norm {norm} at step {r.step + 1}")
+        raise FloatingPointError(f"loss {loss}, gradient norm {norm} at step {r.step + 1}")
     factor = learning_rate(r.step, a.steps, a.warmup, a.decay)
     for group in r.optimizer.param_groups:
         group["lr"] = group["peak"] * factor
@@ -257,24 +327,30 @@ def training_step(r: Run) -> tuple[float, float]:
 
 
 @torch.no_grad()
-def nelbo(model, blocks: Tensor, softmask: SoftMask | None, device, dtype) -> tuple[float, float]:
+def nelbo(
+    model, blocks: Tensor, softmask: SoftMask | None, device, dtype, world: World = ALONE
+) -> tuple[float, float]:
     """NELBO in nats a token over blocks (n, L), and its standard error over batches.
 
     With a soft mask every sequence takes two passes, without one. Times and masks depend on the
-    number and shape of the blocks alone, so that models can be compared.
+    number and shape of the blocks alone, so that models can be compared. Processes take batches in
+    turns.
     """
     training = model.training
     model.eval()
     g = generator(EVAL_SEED)
     sums, counts = [], []
-    for x0 in progress(blocks.split(EVAL_BATCH), desc="validating", leave=False):
+    for i, x0 in enumerate(progress(blocks.split(EVAL_BATCH), desc="validating", leave=False)):
         t = antithetic_times(torch.rand(len(x0), generator=g), B_L, B_H)
         noise = torch.rand(x0.shape, generator=g)
         soft = torch.ones(len(x0), dtype=torch.bool)
         x0, t, noise, soft = (v.to(device) for v in (x0, t, noise, soft))
-        with autocast(device, dtype):
-            sums.append(diffusion_loss(model, x0, t, noise, softmask, soft).item())
         counts.append(x0.numel())
+        sums.append(0.0)
+        if i % world.size == world.rank:
+            with autocast(device, dtype):
+                sums[-1] = diffusion_loss(model, x0, t, noise, softmask, soft).item()
+    sums = [sum(parts) for parts in zip(*world.gather(sums))]
     model.train(training)
     mean, n = sum(sums) / sum(counts), len(sums)
     spread = sum((s / c - mean) ** 2 for s, c in zip(sums, counts))
@@ -294,10 +370,10 @@ def bits_per_byte(nats: float, blocks: Tensor, sizes: Tensor) -> float:
 def validate(r: Run, blocks: Tensor) -> dict[str, float]:
     """Validation NELBO with EMA weights: in one pass, and soft-masked in two."""
     with r.ema.applied():
-        scores = {"val_nelbo_1pass": nelbo(r.model, blocks, None, r.device, r.dtype)[0]}
+        where = (r.device, r.dtype, r.world)
+        scores = {"val_nelbo_1pass": nelbo(r.model, blocks, None, *where)[0]}
         if r.softmask is not None:
-            two = nelbo(r.model, blocks, r.softmask, r.device, r.dtype)[0]
-            scores["val_nelbo_2pass"] = two
+            scores["val_nelbo_2pass"] = nelbo(r.model, blocks, r.softmask, *where)[0]
     return scores
 
 
@@ -315,16 +391,19 @@ def table(scores: dict[str, float], blocks: Tensor, sizes: Tensor) -> str:
 
 
 class Metrics:
-    """metrics.jsonl: a line a log step. A resumed run drops what its checkpoint has not seen."""
+    """metrics.jsonl, written by rank 0; a resumed run drops what its checkpoint has not seen."""
 
-    def __init__(self, path: Path, step: int):
-        lines = path.read_text().splitlines() if step and path.exists() else []
-        with atomic_write(path, "w") as f:
-            f.writelines(line + "\n" for line in lines if _step_of(line) <= step)
-        self.file = open(path, "a", buffering=1)  # a line at a time
+    def __init__(self, path: Path, step: int, world: World):
+        self.file = None
+        if world.rank == 0:
+            lines = path.read_text().splitlines() if step and path.exists() else []
+            with atomic_write(path, "w") as f:
+                f.writelines(line + "\n" for line in lines if _step_of(line) <= step)
+            self.file = open(path, "a", buffering=1)  # a line at a time
 
     def log(self, **entry) -> None:
-        self.file.write(json.dumps(entry) + "\n")
+        if self.file is not None:
+            self.file.write(json.dumps(entry) + "\n")
 
 
 def _step_of(line: str) -> float:
@@ -335,88 +414,107 @@ def _step_of(line: str) -> float:
 
 
 def main(args: argparse.Namespace) -> int:
-    if (Path(args.out) / "ckpt.pt").exists() and not (args.resume or args.overwrite):
+    out = Path(args.out)
+    if (out / "ckpt.pt").exists() and not (args.resume or args.overwrite):
         raise ValueError(
             f"--out {args.out}: holds a run; go on with it by --resume, start it over by "
             "--overwrite, or choose another folder"
         )
     r = set_up(args)
-    out = writable_folder(args.out, "--out")
+    writable_folder(args.out, "--out")
+    say = print if r.world.rank == 0 else _silent
     blocks = r.corpus.blocks("val", args.block_size, args.eval_batches * EVAL_BATCH)
-    sizes = token_bytes(r.corpus.tokenizer)
-    metrics = Metrics(out / "metrics.jsonl", r.step)
-    if args.resume:
+    metrics = Metrics(out / "metrics.jsonl", r.step, r.world)
+    if args.resume and r.world.rank == 0:
         save_omegas(out, r.step, r.softmask)  # a run may die between its two files
     mode = f"soft-masked, k {args.k}" if r.softmask is not None else "binary"
-    print(
+    say(
         f"{sum(p.numel() for p in r.model.parameters()):,} parameters, {mode}, vocabulary "
         f"{r.model.vocab_size}, {r.corpus.meta['tokens']['train']:,} training tokens, "
-        f"{r.device.type} {str(r.dtype).removeprefix('torch.')}",
+        f"{r.world.size} x {r.device.type} {str(r.dtype).removeprefix('torch.')}",
         flush=True,
     )
-    scores = None
     with StopSignal() as stop, progress(total=args.steps, initial=r.step, desc="training") as bar:
-        if args.init and not args.resume:
-            scores = report(r, blocks, sizes, metrics, bar)
-        clock, at = time.perf_counter(), r.step
-        while r.step < args.steps:
-            try:
-                loss, norm = training_step(r)
-            except ValueError as error:
-                ckpt = out / "ckpt.pt"
-                kept = f"{ckpt} holds the last save" if ckpt.exists() else "nothing was saved yet"
-                raise ValueError(
-                    f"{error}: stopped; {kept}; try a lower --lr or --clip, or --dtype float32"
-                )
-            bar.update()
-            last = r.step == args.steps or stop.signum is not None
-            if r.step % args.log_every == 0 or last:
-                now = time.perf_counter()
-                tokens = (r.step - at) * args.batch_size * args.grad_accum * args.block_size
-                omegas = r.softmask.omegas() if r.softmask is not None else {}
-                metrics.log(
-                    step=r.step,
-                    loss=loss,
-                    lr=r.optimizer.param_groups[0]["lr"],
-                    grad_norm=norm,
-                    tokens_per_second=round(tokens / (now - clock), 1),
-                    **omegas,
-                )
-                bar.set_postfix(loss=f"{loss:.3f}", **{n: f"{v:.3g}" for n, v in omegas.items()})
-                clock, at = now, r.step
-            if r.step % args.eval_every == 0 or r.step == args.steps:
-                scores = report(r, blocks, sizes, metrics, bar)
-                clock, at = time.perf_counter(), r.step
-            if r.step % args.save_every == 0 or last:
-                r.save(out)
-                clock, at = time.perf_counter(), r.step
-            if stop.signum is not None and r.step < args.steps:
-                bar.close()
-                name = signal.Signals(stop.signum).name
-                again = f"python train.py --resume --out {args.out}"
-                print(
-                    f"train.py: {name}: saved step {r.step}; go on with: {again}", file=sys.stderr
-                )
-                return 128 + stop.signum
-    scores = scores or validate(r, blocks)
-    print(table(scores, blocks, sizes))
+        try:
+            signum = loop(r, out, blocks, metrics, stop, bar)
+        except FloatingPointError as error:
+            kept = f"{out / 'ckpt.pt'} holds the last save"
+            kept = kept if (out / "ckpt.pt").exists() else "nothing was saved yet"
+            raise ValueError(
+                f"{error}: stopped; {kept}; try a lower --lr or --clip, or --dtype float32"
+            )
+    if signum:
+        if r.world.rank == 0:
+            name, again = signal.Signals(signum).name, f"train.py --resume --out {args.out}"
+            print(f"train.py: {name}: saved step {r.step}; go on with: {again}", file=sys.stderr)
+        return 128 + signum
+    scores = r.scores or validate(r, blocks)
+    say(table(scores, blocks, token_bytes(r.corpus.tokenizer)))
     if r.softmask is not None:
-        print("  ".join(f"{name} {value:.4f}" for name, value in r.softmask.omegas().items()))
-    with r.ema.applied():
-        x = torch.full((2, args.block_size), r.model.mask_id, device=r.device)
-        seeds = [args.seed, args.seed + 1]
-        x, _ = generate(
-            r.model.eval(), x, args.block_size, r.softmask, top_p=0.9, seeds=seeds, dtype=r.dtype
-        )
-    for i, ids in enumerate(x.tolist()):
-        print(f"--- sample {i}\n{decode(r.corpus.tokenizer, ids)}")
+        say("  ".join(f"{name} {value:.4f}" for name, value in r.softmask.omegas().items()))
+    if r.world.rank == 0:
+        print_samples(r)
     return 0
 
 
-def report(r: Run, blocks: Tensor, sizes: Tensor, metrics: Metrics, bar) -> dict[str, float]:
+def _silent(*args, **kwargs) -> None:
+    pass
+
+
+def loop(r: Run, out: Path, blocks: Tensor, metrics: Metrics, stop: StopSignal, bar) -> int:
+    """Train to the end, or until a signal, whose number is returned: the step is done and saved."""
+    args = r.args
+    if args.init and not args.resume:
+        report(r, blocks, metrics, bar)
+    clock, at = time.perf_counter(), r.step
+    while r.step < args.steps:
+        loss, norm = training_step(r)
+        bar.update()
+        signum = int(r.world.reduce(stop.signum or 0, "MAX"))
+        last = r.step == args.steps or signum > 0
+        if r.step % args.log_every == 0 or last:
+            tokens = (r.step - at) * args.global_batch * args.block_size
+            rate = tokens / (time.perf_counter() - clock)
+            omegas = r.softmask.omegas() if r.softmask is not None else {}
+            metrics.log(
+                step=r.step,
+                loss=loss,
+                lr=r.optimizer.param_groups[0]["lr"],
+                grad_norm=norm,
+                tokens_per_second=round(rate, 1),
+                **omegas,
+            )
+            bar.set_postfix(loss=f"{loss:.3f}", **{n: f"{v:.3g}" for n, v in omegas.items()})
+        if r.step % args.eval_every == 0 or r.step == args.steps:
+            report(r, blocks, metrics, bar)
+        if r.step % args.save_every == 0 or last:
+            r.save(out)
+        if r.step % args.log_every == 0:
+            clock, at = time.perf_counter(), r.step
+        if signum and r.step < args.steps:
+            return signum
+    return 0
+
+
+def print_samples(r: Run) -> None:
+    """Two short samples of the averaged weights."""
+    length, seeds = r.args.block_size, [r.args.seed, r.args.seed + 1]
+    x = torch.full((2, length), r.model.mask_id, device=r.device)
+    with r.ema.applied():
+        x, _ = generate(
+            r.model.eval(), x, length, r.softmask, top_p=0.9, seeds=seeds, dtype=r.dtype
+        )
+    for i, ids in enumerate(x.tolist()):
+        print(f"--- sample {i}\n{decode(r.corpus.tokenizer, ids)}")
+
+
+def report(r: Run, blocks: Tensor, metrics: Metrics, bar) -> None:
     """Validate, log and print one line."""
-    scores = validate(r, blocks)
+    r.scores = scores = validate(r, blocks)
+    if r.world.rank > 0:
+        return
     metrics.log(step=r.step, **scores)
+    sizes = token_bytes(r.corpus.tokenizer)
     nats = scores.get("val_nelbo_2pass", scores["val_nelbo_1pass"])
     line = (
         f"step {r.step}: validation {nats:.4f} nats a token, perplexity {perplexity(nats):.2f}, "
@@ -426,25 +524,25 @@ def report(r: Run, blocks: Tensor, sizes: Tensor, metrics: Metrics, bar) -> dict
         line += f" in two passes, {scores['val_nelbo_1pass']:.4f} nats in one"
     bar.write(line, file=sys.stdout)
     sys.stdout.flush()
-    return scores
 
 
 # The command line
 
-FIXED = (
-    "sm",
-    "k",
-    "sm_start",
-    "config",
-    "block_size",
-    "tokenizer",
-    "time_conditioning",
-    "seed",
-)  # a run's own
+# What a run keeps when it is resumed.
+FIXED = "sm k sm_start config block_size tokenizer time_conditioning seed global_batch".split()
+
+PRESETS = {  # section 4.1 and appendix A.1
+    "paper": dict(
+        config="small", tokenizer="gpt2", steps=100_000, batch_size=32, global_batch=512, lr=3e-4,
+        lr_sm=1e-2, warmup=2500, decay=0.0, clip=1.0, ema=0.9999, dropout=0.1, b_l=1e-3, b_h=1.0,
+        k="3", p_sm=0.8, sm_start=0, omega_s=1e-6, eval_every=1000, save_every=1000, log_every=50,
+    )
+}  # fmt: skip
 
 
 def parser() -> Parser:
     p = Parser(description="Train a masked diffusion language model, soft-masked or binary.")
+    p.add_argument("--preset", choices=list(PRESETS), help="the paper's numbers as defaults")
     g = p.add_argument_group("method")
     g.add_argument("--sm", action="store_true", help="soft-masking, in two passes; else binary")
     g.add_argument("--k", default="3", help="tokens fed back; V: all, with a trained temperature")
@@ -460,6 +558,9 @@ def parser() -> Parser:
     g = p.add_argument_group("run")
     g.add_argument("--out", default="out", help="folder of the run")
     g.add_argument("--init", help="start a new run from the weights of this checkpoint")
+    g.add_argument(
+        "--init-weights", choices=("raw", "ema"), default="raw", help="which of its weights"
+    )
     g.add_argument("--resume", action="store_true", help="go on with the run in --out")
     g.add_argument("--overwrite", action="store_true", help="start over where --out holds a run")
     g.add_argument("--seed", type=int, default=1)
@@ -478,8 +579,15 @@ def parser() -> Parser:
     g.add_argument("--time-conditioning", action="store_true", help="tell the network sigma")
     g = p.add_argument_group("optimiser")
     g.add_argument("--steps", type=int, default=1100)
-    g.add_argument("--batch-size", type=int, default=32, help="sequences of a backward pass")
+    g.add_argument(
+        "--batch-size", type=int, default=32, help="sequences of a backward pass of a process"
+    )
     g.add_argument("--grad-accum", type=int, default=1, help="backward passes of a step")
+    g.add_argument(
+        "--global-batch",
+        type=int,
+        help="sequences of a step; sets --grad-accum; default: those of all processes",
+    )
     g.add_argument("--lr", type=float, default=1e-3, help="learning rate of the backbone")
     g.add_argument("--lr-sm", type=float, default=1e-2, help="learning rate of the omegas")
     g.add_argument("--warmup", type=int, default=100, help="steps of linear warm-up")
@@ -496,6 +604,9 @@ def parser() -> Parser:
     g = p.add_argument_group("machine")
     g.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
     g.add_argument("--dtype", default="auto", help="auto, float32 or bfloat16")
+    g.add_argument(
+        "--checkpoint-activations", action="store_true", help="less memory, a third more time"
+    )
     g.add_argument("--compile", action="store_true", help="torch.compile the network")
     return p
 
@@ -504,13 +615,22 @@ def parse(argv: list[str]) -> argparse.Namespace:
     """The arguments; with --resume those of the run, changed where a flag says so."""
     p = parser()
     args = p.parse_args(argv)
+    if args.preset:
+        numbers = dict(PRESETS[args.preset])
+        if args.init:
+            numbers = {n: v for n, v in numbers.items() if n not in ("config", "tokenizer")}
+        p.set_defaults(**numbers)
+        args = p.parse_args(argv)
     args.state = None
+    restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+    if restarts and (Path(args.out) / "ckpt.pt").is_file():
+        args.resume = True  # torchrun --max-restarts started the same command again
     if args.resume:
         if not (Path(args.out) / "ckpt.pt").is_file():
             raise ValueError(f"--resume: no run in --out {args.out}; start one without --resume")
         state = load_checkpoint(args.out, "--resume --out")
         p.set_defaults(**state["args"])
-        args = p.parse_args(argv)
+        args = p.parse_args([*argv, "--resume"])
         args.state = state
         for name in FIXED:
             if getattr(args, name) != state["args"][name]:
