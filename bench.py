@@ -102,6 +102,8 @@ def bench_step(args: argparse.Namespace) -> None:
     kinds = ("sm", "binary", "textbook")
     times = {kind: [] for kind in kinds}
     rates = []
+    if args.repeats < 1:
+        raise ValueError(f"--repeats {args.repeats}: at least 1")
     for i in progress(range(args.repeats + 1), desc="steps"):
         rates.append(matmul_rate(device, dtype))
         for kind in kinds:

@@ -22,7 +22,7 @@ import tokenizers
 import torch
 from torch import Tensor
 
-from runtime import Parser, atomic_write, progress, run, writable_folder
+from runtime import Parser, atomic_write, locked, progress, run, writable_folder
 
 END_OF_TEXT = "<|endoftext|>"
 MASK_TEXT = "[MASK]"
@@ -125,8 +125,13 @@ def vocab_size(tokenizer: tiktoken.Encoding) -> int:
 
 
 def encode(tokenizer: tiktoken.Encoding, text: str) -> list[int]:
-    """Text to ids; text that spells a special token is text."""
-    return tokenizer.encode_ordinary(text)
+    """Text to ids; text that spells a special token is text. ValueError where tiktoken gives up."""
+    try:
+        return tokenizer.encode_ordinary(text)
+    except BaseException as error:  # its panics are no Exceptions
+        if type(error).__name__ != "PanicException":
+            raise
+        raise ValueError("a run of white space too long for the tokenizer; shorten it") from None
 
 
 def decode(tokenizer: tiktoken.Encoding, ids: Iterable[int]) -> str:
@@ -186,16 +191,15 @@ def _read_text(file: Path) -> str:
 
 
 def _jsonl_texts(file: Path) -> Iterator[tuple[int, str]]:
-    with open(file, encoding="utf-8") as lines:
+    with open(file, "rb") as lines:
         for i, line in enumerate(lines, start=1):
             if not line.strip():
                 continue
             try:
-                text = json.loads(line)["text"]
-            except (json.JSONDecodeError, KeyError, TypeError):
-                text = None
-            if not isinstance(text, str):
-                raise ValueError(f'{file}:{i}: not a JSON object with a "text" string')
+                text = json.loads(line.decode("utf-8-sig"))["text"]
+                text.encode()
+            except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+                raise ValueError(f'{file}:{i}: not a JSON object with a "text" string') from None
             yield i, text
 
 
@@ -220,7 +224,7 @@ def _is_utf8(file: Path) -> bool:
 def path_source(path: str) -> Source:
     """A text file, a JSONL file with a "text" field, or a folder of these (and of source code)."""
     root = Path(path)
-    if not root.exists():
+    if not path or not root.exists():
         raise FileNotFoundError(f"--data {path}: no such file or folder")
     files = [root] if root.is_file() else sorted(f for f in root.rglob("*") if f.is_file())
     if root.is_dir():
@@ -236,14 +240,14 @@ def held_out(key: str) -> bool:
     return int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") % HELD_OUT == 0
 
 
-def split_documents(source: Source) -> Iterator[tuple[str, str]]:
-    """("train" | "val", text) of a source; the end of each document of a source with only a few."""
-    few = len(source.files) < HELD_OUT and not any(f.suffix == ".jsonl" for f in source.files)
+def split_documents(source: Source, cut: bool = False) -> Iterator[tuple[str, str]]:
+    """("train" | "val", text): whole documents; or, for a source of few (`cut`), the last
+    HELD_OUT-th of each document is held out."""
     for key, text in source.documents():
-        if few:
-            cut = len(text) - len(text) // HELD_OUT
-            yield "train", text[:cut]
-            yield "val", text[cut:]
+        if cut:
+            end = len(text) - len(text) // HELD_OUT
+            yield "train", text[:end]
+            yield "val", text[end:]
         else:
             yield "val" if held_out(key) else "train", text
 
@@ -251,24 +255,22 @@ def split_documents(source: Source) -> Iterator[tuple[str, str]]:
 # Corpora
 
 
-@dataclass
 class Corpus:
     """A tokenized corpus: two streams of ids, memory-mapped, each document ended by end-of-text."""
 
-    folder: Path
-    tokenizer: tiktoken.Encoding
-    meta: dict
+    def __init__(self, folder: Path, tokenizer: tiktoken.Encoding, meta: dict):
+        self.folder, self.tokenizer, self.meta = folder, tokenizer, meta
+        # Mapped once: a corpus that is built again meanwhile does not change under a run.
+        self.streams = {split: self._map(split) for split in ("train", "val")}
 
-    def stream(self, split: str) -> np.ndarray:
-        """The ids of "train" or "val"."""
-        dtype = self.meta["dtype"]
+    def _map(self, split: str) -> np.ndarray:
         if not self.meta["tokens"][split]:  # an empty file cannot be mapped
-            return np.zeros(0, dtype)
-        return np.memmap(self.folder / f"{split}.bin", dtype=dtype, mode="r")
+            return np.zeros(0, self.meta["dtype"])
+        return np.memmap(self.folder / f"{split}.bin", dtype=self.meta["dtype"], mode="r")
 
     def need(self, split: str, length: int) -> None:
         """ValueError where the split does not hold one block of `length` tokens."""
-        have = self.meta["tokens"][split]
+        have = len(self.streams[split])
         if have < length:
             raise ValueError(
                 f"{self.meta['source']}: its {split} part has {have} tokens, a block takes {length}"
@@ -277,84 +279,110 @@ class Corpus:
 
     def batch(self, n: int, length: int, g: torch.Generator) -> Tensor:
         """n training windows (n, length) at places drawn from g, int64."""
-        stream = self.stream("train")
+        stream = self.streams["train"]
         starts = torch.randint(len(stream) - length + 1, (n,), generator=g)
-        return torch.from_numpy(np.stack([stream[i : i + length] for i in starts]).astype(np.int64))
+        return self._tokens(np.stack([stream[i : i + length] for i in starts]))
 
     def blocks(self, split: str, length: int, limit: int | None = None) -> Tensor:
         """The split cut into whole blocks (n, length) in order; `limit` of them, evenly spread."""
-        stream = self.stream(split)
+        stream = self.streams[split]
         n = len(stream) // length
         picks = np.arange(n) if not limit or limit >= n else np.arange(limit) * n // limit
-        return torch.from_numpy(stream[: n * length].reshape(n, length)[picks].astype(np.int64))
+        return self._tokens(stream[: n * length].reshape(n, length)[picks])
+
+    def _tokens(self, ids: np.ndarray) -> Tensor:
+        if ids.size and ids.max() >= self.tokenizer.n_vocab:
+            raise ValueError(f"{self.folder}: damaged; delete it, and it is built again")
+        return torch.from_numpy(ids.astype(np.int64))
 
 
 def open_corpus(data: str | None, tokenizer: dict | str | None, cache: str = "corpora") -> Corpus:
     """The corpus of --data (None: the standard library) in a tokenizer, built if not cached.
 
     `tokenizer` is a name, or the spec in a checkpoint. A corpus whose sources or tokenizer have
-    changed since is built again.
+    changed since is built again. ValueError or OSError that names what is wrong.
     """
     source = stdlib_source() if data is None else path_source(data)
-    spec = {"name": tokenizer or "stdlib"} if not isinstance(tokenizer, dict) else tokenizer
-    learned = hashlib.sha256(json.dumps(spec.get("words", "")).encode()).hexdigest()[:8]
-    suffix = f"{spec['name']}-{learned}" if "words" in spec else spec["name"]
-    folder = writable_folder(str(Path(cache) / f"{source.name}-{suffix}"), "--cache")
+    spec = tokenizer if isinstance(tokenizer, dict) else {"name": tokenizer or "stdlib"}
+    if spec["name"] not in ("stdlib", "gpt2", "bytes"):
+        raise ValueError(f"--tokenizer {spec['name']}: choose stdlib, gpt2 or bytes")
     fingerprint = source.fingerprint()
-    meta = _read_meta(folder)
-    if meta is None or meta["fingerprint"] != fingerprint:
-        meta = _build(source, spec, folder, fingerprint)
-    return Corpus(folder, load_tokenizer(meta["tokenizer"]), meta)
+    folder = Path(cache) / f"{source.name}-{spec['name']}"
+    if "words" in spec and _open(folder, fingerprint, spec) is None:
+        learned = hashlib.sha256(json.dumps(spec["words"]).encode()).hexdigest()[:8]
+        folder = folder.with_name(f"{folder.name}-{learned}")
+    corpus = _open(folder, fingerprint, spec)
+    if corpus is None:
+        writable_folder(str(folder), "--cache")
+        with locked(folder):  # another process may have built it while this one waited
+            corpus = _open(folder, fingerprint, spec) or _build(source, spec, folder, fingerprint)
+    return corpus
 
 
-def _read_meta(folder: Path) -> dict | None:
-    """meta.json where it and the streams it speaks of are whole, else None."""
+def _open(folder: Path, fingerprint: str, spec: dict) -> Corpus | None:
+    """The corpus in a folder where it is whole, of this source and in this tokenizer, else None."""
     try:
         meta = json.loads((folder / "meta.json").read_text())
         size = np.dtype(meta["dtype"]).itemsize
-        for split, count in meta["tokens"].items():
-            if (folder / f"{split}.bin").stat().st_size != count * size:
+        for split in ("train", "val"):
+            whole = (folder / f"{split}.bin").stat().st_size == meta["tokens"][split] * size
+            if not whole or not isinstance(meta["bytes"][split], int):
                 return None
-        return meta if {"fingerprint", "tokenizer", "bytes"} <= meta.keys() else None
+        same = meta["fingerprint"] == fingerprint and isinstance(meta["source"], str)
+        if not same or meta["tokenizer"] != spec | meta["tokenizer"]:
+            return None
+        return Corpus(folder, load_tokenizer(meta["tokenizer"]), meta)
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
 
 
-def _build(source: Source, spec: dict, folder: Path, fingerprint: str) -> dict:
+def _build(source: Source, spec: dict, folder: Path, fingerprint: str) -> Corpus:
     if spec["name"] == "stdlib" and "words" not in spec:
         texts = split_documents(stdlib_source())
         tokenizer = learn_bpe(text for split, text in texts if split == "train")
     else:
         tokenizer = load_tokenizer(spec)
     dtype = "uint16" if vocab_size(tokenizer) <= 2**16 else "uint32"
-    counts, sizes = {"train": 0, "val": 0}, {"train": 0, "val": 0}
     (folder / "meta.json").unlink(missing_ok=True)  # it is written last: without it, build again
-    with atomic_write(folder / "train.bin") as train, atomic_write(folder / "val.bin") as val:
-        out = {"train": train, "val": val}
-        bar = progress(split_documents(source), desc=f"tokenizing {source.name}", unit=" documents")
-        for split, text in bar:
-            if not text:
-                continue
-            ids = [*encode(tokenizer, text), tokenizer.eot_token]
-            out[split].write(np.array(ids, dtype=dtype).tobytes())
-            counts[split] += len(ids)
-            sizes[split] += len(text.encode())
-    if not counts["train"]:
-        raise ValueError(f"{source.root}: no text in it")
+    few = len(source.files) < HELD_OUT and all(f.suffix != ".jsonl" for f in source.files)
+    for cut in (True,) if few else (False, True):  # by chance no document may be held out
+        tokens, sizes = _write_streams(source, tokenizer, folder, dtype, cut)
+        if tokens["val"] and tokens["train"]:
+            break
+    place = source.files[0] if len(source.files) == 1 else source.root
+    if not tokens["train"]:
+        raise ValueError(f"{place}: no text in it")
     meta = {
-        "source": str(
-            source.root if source.name == "stdlib" or len(source.files) > 1 else source.files[0]
-        ),
+        "source": str(place),
         "fingerprint": fingerprint,
         "tokenizer": tokenizer_spec(tokenizer),
         "blocks": "windows",
         "dtype": dtype,
-        "tokens": counts,
+        "tokens": tokens,
         "bytes": sizes,
     }
     with atomic_write(folder / "meta.json", "w") as f:
         json.dump(meta, f)
-    return meta
+    return Corpus(folder, tokenizer, meta)
+
+
+def _write_streams(source, tokenizer, folder: Path, dtype: str, cut: bool) -> tuple[dict, dict]:
+    """Write train.bin and val.bin; returns the tokens and the UTF-8 bytes of each."""
+    tokens, sizes = {"train": 0, "val": 0}, {"train": 0, "val": 0}
+    with atomic_write(folder / "train.bin") as train, atomic_write(folder / "val.bin") as val:
+        out = {"train": train, "val": val}
+        documents = split_documents(source, cut)
+        for split, text in progress(documents, desc=f"tokenizing {source.name}", unit=" documents"):
+            if not text:
+                continue
+            try:
+                ids = [*encode(tokenizer, text), tokenizer.eot_token]
+            except ValueError as error:
+                raise ValueError(f"{source.root}: {error}") from None
+            out[split].write(np.array(ids, dtype=dtype).tobytes())
+            tokens[split] += len(ids)
+            sizes[split] += len(text.encode())
+    return tokens, sizes
 
 
 def main(args: argparse.Namespace) -> None:

@@ -29,15 +29,16 @@ def ppl(args: argparse.Namespace) -> None:
         raise ValueError("--passes 2: a binary checkpoint has one pass; it holds no soft mask")
     model = build_model(state, ema=not args.raw_weights).to(device)
     corpus = open_corpus(args.data or state["args"]["data"], state["tokenizer"], args.cache)
-    length = args.block_size or state["args"]["block_size"] or model.config.block_size
+    length = args.block_size
+    if length is None:
+        length = state["args"]["block_size"] or model.config.block_size
     if not 1 <= length <= model.config.block_size:
         raise ValueError(f"--block-size {length}: the network takes 1 to {model.config.block_size}")
     splits = {"all": ("train", "val")}.get(args.split, (args.split,))
     if args.split is None:
         splits = ("train", "val") if args.data else ("val",)
     limit = args.batches and args.batches * EVAL_BATCH
-    parts = [corpus.blocks(split, length) for split in splits]
-    blocks = torch.cat(parts)
+    blocks = torch.cat([corpus.blocks(split, length, limit) for split in splits])
     if not len(blocks):
         corpus.need(splits[-1], length)
     if limit and limit < len(blocks):

@@ -35,13 +35,16 @@ def pick_device(name: str = "auto") -> torch.device:
     }
     if name == "auto":
         name = next(n for n, there in available.items() if there)
-    if not available.get(name.split(":")[0], False):
-        there = [n for n, ok in available.items() if ok]
-        raise ValueError(f"--device {name}: not available here; there is {', '.join(there)}")
-    if name == "cpu":
-        keep_freed_memory()
     if name == "cuda":
         name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    kind, _, index = name.partition(":")
+    count = torch.cuda.device_count() if kind == "cuda" else 1
+    if not available.get(kind, False) or (index and not (index.isdecimal() and int(index) < count)):
+        there = [n for n, ok in available.items() if ok]
+        raise ValueError(f"--device {name}: not available here; there is {', '.join(there)}")
+    if kind == "cpu":
+        keep_freed_memory()
+    if kind == "cuda":
         torch.cuda.set_device(name)
     return torch.device(name)
 
@@ -179,7 +182,8 @@ def atomic_write(path: Path, mode: str = "wb") -> Iterator:
             os.fsync(f.fileno())
         os.replace(aside, path)
     except BaseException as error:
-        aside.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            aside.unlink(missing_ok=True)
         cause = error
         while cause is not None and not isinstance(cause, OSError):
             cause = cause.__context__  # torch.save hides a full disk behind an error of its own
@@ -205,6 +209,17 @@ def writable_folder(path: str, flag: str) -> Path:
 # Signals and errors
 
 
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """One process at a time is within; where the system has no file locks, every one is."""
+    with open(folder / ".lock", "w") as f:
+        with contextlib.suppress(ImportError, OSError):
+            import fcntl
+
+            fcntl.flock(f, fcntl.LOCK_EX)
+        yield
+
+
 class StopSignal:
     """Within `with StopSignal() as stop:` Ctrl-C and SIGTERM only set `stop.signum`.
 
@@ -219,7 +234,7 @@ class StopSignal:
 
     def _note(self, signum, frame):
         if self.signum is not None:
-            raise KeyboardInterrupt
+            raise KeyboardInterrupt if signum == signal.SIGINT else SystemExit(128 + signum)
         self.signum = signum
 
     def __exit__(self, *exc):
@@ -250,6 +265,8 @@ def run(main: Callable, args) -> None:
     2 for bad input (ValueError, OSError, out of memory), 130 for Ctrl-C; main may return a status.
     """
     program = Path(sys.argv[0]).name
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")  # a terminal that cannot show a character
     try:
         sys.exit(main(args))
     except KeyboardInterrupt:
@@ -263,6 +280,10 @@ def run(main: Callable, args) -> None:
         message, status = "out of memory: use a smaller --batch-size or --block-size", 2
     except dist.DistError as error:
         message, status = f"another process of the job is gone ({error})", 2
+    except RuntimeError as error:
+        if "allocate memory" not in str(error):
+            raise
+        message, status = "out of memory: use a smaller --batch-size or --block-size", 2
     except (ValueError, OSError) as error:
         named = isinstance(error, OSError) and error.filename
         message = f"{error.filename}: {error.strerror}" if named else str(error)

@@ -10,8 +10,10 @@ masked positions to open, draw their tokens, keep feedback for the masks that st
 
 import argparse
 import json
+import math
 import time
 from itertools import pairwise
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -26,8 +28,9 @@ from runtime import (
     pick_dtype,
     progress,
     run,
+    writable_folder,
 )
-from softmask import SoftMask, denoise, noise_level
+from softmask import SoftMask, chunk_rows, denoise, noise_level
 from weights import build_model, build_softmask, load_checkpoint
 
 
@@ -49,7 +52,7 @@ def draw_tokens(z: Tensor, temperature: float, top_p: float, uniform: Tensor) ->
     """
     if temperature == 0:
         return z.argmax(-1)
-    p = nucleus((z.double() / temperature).softmax(-1), top_p)
+    p = nucleus((z.to(uniform) / temperature).softmax(-1), top_p)
     return (p.log() - torch.log(-torch.log(uniform))).argmax(-1)
 
 
@@ -90,6 +93,8 @@ def generate(
     times = torch.linspace(1, 1e-5, nfe + 1, dtype=torch.float64).tolist()
     reuse = softmask is None and not model.config.time_conditioning
     changed, feedback, rows = True, None, None
+    length = x.shape[1]
+    exact = "cpu" if x.device.type == "mps" else x.device  # where there is float64
     with autocast(x.device, dtype):
         for i, (t, s) in enumerate(pairwise(times)):
             masked = x == model.mask_id
@@ -98,13 +103,15 @@ def generate(
             if changed or not reuse:
                 hidden = _look(model, x, t, softmask, rows, feedback)  # (B * L, D)
                 done.passes += 1
-            opens = masked & (_uniform(generators, x.shape[1:]).to(x.device) < (t - s) / t)
+            u = torch.stack([_uniform(g, length) for g in generators])  # (B, L)
+            opens = masked & (u < (t - s) / t).to(x.device)
             chosen = opens.flatten().nonzero().squeeze(1)
             changed = len(chosen) > 0
-            if changed:
-                u = _uniform(generators, (model.vocab_size,), opens.sum(1).tolist()).to(x.device)
-                z = model.logits(hidden[chosen])  # (N, V)
-                x.view(-1)[chosen] = draw_tokens(z, temperature, top_p, u)
+            for part in chosen.split(chunk_rows(model.vocab_size)) if changed else ():
+                own = [generators[i] for i in (part // length).tolist()]
+                u = torch.stack([_uniform(g, model.vocab_size) for g in own]).to(exact)  # (N, V)
+                z = model.logits(hidden[part]).to(exact)
+                x.view(-1)[part] = draw_tokens(z, temperature, top_p, u).to(x.device)
             rows = (masked & ~opens).flatten().nonzero().squeeze(1)
             if softmask is not None and len(rows):
                 feedback = softmask.feedback(model, hidden[rows])
@@ -124,14 +131,8 @@ def _look(model, x: Tensor, t: float, softmask, rows, feedback) -> Tensor:
     return denoise(model, x, sigma, softmask, rows, feedback).flatten(0, 1)
 
 
-def _uniform(generators: list, shape: tuple, counts: list[int] | None = None) -> Tensor:
-    """float64 U(0, 1): (B, *shape), each row from its generator, or `counts` rows of each."""
-    if counts is None:
-        return torch.stack(
-            [torch.rand(shape, generator=g, dtype=torch.float64) for g in generators]
-        )
-    pairs = zip(generators, counts, strict=True)
-    return torch.cat([torch.rand(n, *shape, generator=g, dtype=torch.float64) for g, n in pairs])
+def _uniform(g: torch.Generator, n: int) -> Tensor:
+    return torch.rand(n, generator=g, dtype=torch.float64)
 
 
 def template(tokenizer, length: int, prompt: str = "", infill: str = "") -> list[int]:
@@ -157,6 +158,14 @@ def template(tokenizer, length: int, prompt: str = "", infill: str = "") -> list
 def main(args: argparse.Namespace) -> None:
     device = pick_device(args.device)
     dtype = pick_dtype(args.dtype, device)
+    if args.prompt and args.infill:
+        raise ValueError(
+            "--prompt and --infill: one of them; a text to infill may begin as you like"
+        )
+    if args.out:
+        writable_folder(Path(args.out).parent, "--out")
+    if not math.isfinite(args.temperature):
+        raise ValueError(f"--temperature {args.temperature}: a finite number from 0")
     if args.num < 1 or args.batch_size < 1 or not 0 < args.top_p <= 1 or args.temperature < 0:
         raise ValueError("--num and --batch-size from 1, --top-p in (0, 1], --temperature from 0")
     state = load_checkpoint(args.ckpt, "--ckpt")
@@ -176,7 +185,7 @@ def main(args: argparse.Namespace) -> None:
     with progress(total=args.num * nfe, desc="decoding", unit=" steps") as bar:
         for first in range(0, args.num, args.batch_size):
             seeds = [
-                args.seed * 1_000_003 + i
+                (args.seed * 1_000_003 + i) % 2**63
                 for i in range(first, min(first + args.batch_size, args.num))
             ]
             x, done = generate(
@@ -194,14 +203,14 @@ def main(args: argparse.Namespace) -> None:
             samples += x.tolist()
     seconds = time.perf_counter() - begin
     texts = [decode(tokenizer, ids) for ids in samples]
-    for i, text in enumerate(texts):
-        print(f"--- sample {i}\n{text}")
     if args.out:
         with atomic_write(args.out, "w") as f:
             f.writelines(
                 json.dumps({"text": t, "ids": i}) + "\n"
                 for t, i in zip(texts, samples, strict=True)
             )
+    for i, text in enumerate(texts):
+        print(f"--- sample {i}\n{text}")
     filled = int((start == model.mask_id).sum()) * args.num
     batches = -(-args.num // args.batch_size)
     print(

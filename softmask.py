@@ -206,7 +206,7 @@ class SoftMask(nn.Module):
         candidates = feedback.mixed
         if candidates is None:
             vectors = at_least_float32(F.embedding(feedback.ids, table))  # (N, k, D)
-            candidates = torch.einsum("nk,nkd->nd", feedback.weights.to(vectors.dtype), vectors)
+            candidates = (feedback.weights[..., None] * vectors).sum(1)  # sum_i pi_i E[v_i]
         flat = embeddings.flatten(0, 1)  # (B * L, D)
         mask = at_least_float32(flat.index_select(0, rows))  # (N, D), each row E[m]
         lam = (scale * self.lam(feedback.neg_entropy))[:, None]  # (N, 1)
@@ -219,10 +219,14 @@ def _inverse_softplus(y: float) -> float:
 
 
 def _top_k_feedback(model, rows: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
-    log_p = at_least_float32(model.logits(rows)).log_softmax(-1)  # (N, V)
-    top, ids = top_k(log_p, k)
-    pi = top.softmax(-1)  # exp(log p_i) / sum over the top k
-    return ids, pi, torch.linalg.vecdot(log_p.exp(), log_p)
+    z = at_least_float32(model.logits(rows))  # (N, V)
+    p = z.softmax(-1)
+    top, ids = top_k(z, k)
+    pi = top.softmax(-1)  # p_i / sum of p over the top k
+    log_sum = top[:, 0] - p.gather(1, ids[:, :1])[:, 0].log()  # of exp(z), since z - log p is it
+    with torch.autocast(z.device.type, enabled=False):
+        neg_entropy = torch.linalg.vecdot(p, z) - log_sum  # sum_v p_v log p_v
+    return ids, pi, neg_entropy
 
 
 def _mix_vocabulary(model, rows: Tensor, tau: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
@@ -230,7 +234,7 @@ def _mix_vocabulary(model, rows: Tensor, tau: Tensor, table: Tensor) -> tuple[Te
         z = at_least_float32(model.logits(rows))  # (N, V)
     log_p = (z / tau).log_softmax(-1)
     p = log_p.exp()
-    return torch.linalg.vecdot(p, log_p), p.to(table.dtype) @ table
+    return (p * log_p).sum(-1), p.to(table.dtype) @ table
 
 
 def schedule_scale(
@@ -286,10 +290,20 @@ def first_pass(
 
 @torch.no_grad()
 def entropy_quantile(model, x0: Tensor, t: Tensor, noise: Tensor, share: float) -> float:
-    """LB of appendix A.2: the `share` quantile of -H (nats) at the masked positions of x_t."""
+    """LB of appendix A.2: the `share` quantile of -H (nats) at the masked positions of x_t.
+
+    ValueError where nothing is masked.
+    """
     xt, masked = corrupt(x0, t, noise, model.mask_id, model.mask_eps)
-    rows = denoise(model, xt, noise_level(t, model.mask_eps))[masked]  # (N, D)
-    return SoftMask(1).feedback(model, rows).neg_entropy.quantile(share).item()
+    sigma = noise_level(t, model.mask_eps)
+    found = []
+    for part in torch.arange(len(x0), device=x0.device).split(8):
+        rows = denoise(model, xt[part], sigma[part])[masked[part]]  # (N, D)
+        if len(rows):
+            found.append(SoftMask(1).feedback(model, rows).neg_entropy)
+    if not found:
+        raise ValueError("no position is masked at these times: raise b_h")
+    return torch.cat(found).float().quantile(share).item()
 
 
 def soft_sequences(u: float, n: int, p_sm: float) -> Tensor:
@@ -339,28 +353,31 @@ def weighted_nll(model, rows: Tensor, targets: Tensor, weights: Tensor) -> Tenso
     """
     head = tuple(p for p in model.head.parameters() if p.requires_grad)
     grad = torch.is_grad_enabled()
-    return _WeightedNLL.apply(model, grad, targets, weights.float(), rows, *head)
+    return _WeightedNLL.apply(model, grad, targets, at_least_float32(weights), rows, *head)
 
 
 class _WeightedNLL(torch.autograd.Function):
     @staticmethod
     def forward(ctx, model, grad, targets, weights, rows, *head):
-        total = torch.zeros((), device=rows.device)
+        total = torch.zeros((), dtype=weights.dtype, device=rows.device)
         d_rows, d_head = torch.empty_like(rows), [None] * len(head)
         differentiate = grad and any(ctx.needs_input_grad)
+        y = targets[:, None]
         size = chunk_rows(model.vocab_size)
         for start in range(0, len(rows), size):
             c = slice(start, start + size)
             with torch.set_grad_enabled(differentiate):
                 h = rows[c].detach().requires_grad_(differentiate)
                 z = model.logits(h)  # (C, V)
-            log_p = z.detach().float().log_softmax(-1)
-            total += -torch.dot(weights[c], log_p.gather(1, targets[c, None])[:, 0])
+            wide = at_least_float32(z.detach())
+            p = wide.softmax(-1)
+            likeliest, at = p.max(-1, keepdim=True)
+            log_sum = wide.gather(1, at) - likeliest.log()  # of exp(z)
+            total += torch.dot(weights[c], (log_sum - wide.gather(1, y[c]))[:, 0])
             if not differentiate:
                 continue
-            dz = log_p.exp_()  # d(-log p(y))/dz = p - onehot(y)
-            dz.scatter_add_(1, targets[c, None], -torch.ones_like(dz[:, :1]))
-            dz = dz.mul_(weights[c, None]).to(z.dtype)
+            p.scatter_add_(1, y[c], -torch.ones_like(log_sum))  # d(-log p(y))/dz = p - onehot(y)
+            dz = torch.mul(p, weights[c, None], out=torch.empty_like(z))
             d_rows[c], *d_chunk = torch.autograd.grad(z, (h, *head), dz)
             for i, d in enumerate(d_chunk):
                 d_head[i] = d if d_head[i] is None else d_head[i].add_(d)

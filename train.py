@@ -137,6 +137,7 @@ class Run:
             "rng": rng,
             "tokenizer": self.corpus.meta["tokenizer"],
             "args": saved_args(self.args),
+            "text": self.corpus.meta["fingerprint"],
         }
         if self.softmask is not None:
             state["softmask"] = {"k": self.softmask.k, "state": self.softmask.state_dict()}
@@ -177,9 +178,8 @@ def set_up(args: argparse.Namespace) -> Run:
     share_batch(args, world.size)
     init = load_checkpoint(args.init, "--init") if args.init and not args.state else None
     source = args.state or init
-    if init and args.tokenizer not in (None, init["tokenizer"]["name"]):
-        made_with = init["tokenizer"]["name"]
-        raise ValueError(f"--tokenizer {args.tokenizer}: --init was made with {made_with}")
+    if init:
+        inherit(args, init)
     with world.first():
         tokenizer = source["tokenizer"] if source else args.tokenizer
         corpus = open_corpus(args.data, tokenizer, args.cache)
@@ -240,6 +240,8 @@ def set_up(args: argparse.Namespace) -> Run:
         generator(args.seed),
     )
     if args.state:
+        if args.state["text"] != corpus.meta["fingerprint"] and world.rank == 0:
+            print(f"{corpus.meta['source']} has changed since the run was stopped", file=sys.stderr)
         whole.restore(args.state)
         for group, peak in zip(optimizer.param_groups, (args.lr, args.lr_sm)):
             group["peak"] = peak
@@ -251,7 +253,22 @@ def set_up(args: argparse.Namespace) -> Run:
     return whole
 
 
-def parse_k(text: str, size: int) -> int | None:
+def inherit(args: argparse.Namespace, init: dict) -> None:
+    """Fill what --init's checkpoint decides; ValueError where a flag says otherwise."""
+    made_with = init["tokenizer"]["name"]
+    if args.tokenizer not in (None, made_with):
+        raise ValueError(f"--tokenizer {args.tokenizer}: --init was made with {made_with}")
+    if args.data is None:
+        args.data = init["args"]["data"]
+    if args.sm and init["softmask"] is not None:
+        k = str(init["softmask"]["k"] or "V")
+        if args.k not in (None, k):
+            raise ValueError(f"--k {args.k}: --init was soft-masked with k {k}; drop the flag")
+        args.k = k
+
+
+def parse_k(text: str | None, size: int) -> int | None:
+    text = "3" if text is None else text
     if text == "V":
         return None
     if not text.isdecimal() or not 1 <= int(text) <= size:
@@ -271,6 +288,8 @@ def start_omegas(r: Run) -> None:
     with autocast(r.device, r.dtype):
         r.softmask.start(r.args.omega_s, entropy_quantile(r.model, blocks, t, noise, 0.05))
     r.model.train()
+    for p in r.softmask.parameters():
+        r.optimizer.state.pop(p, None)  # the averages of steps that had no feedback
 
 
 # Algorithm 1
@@ -287,7 +306,7 @@ def learning_rate(step: int, steps: int, warmup: int, decay: float) -> float:
 def training_step(r: Run) -> tuple[float, float]:
     """One step of Algorithm 1 over a global batch: the loss (nats a token) and the gradient norm.
 
-    A FloatingPointError, before anything is changed, where either is not finite.
+    A FloatingPointError, before any weight is changed, where either is not finite.
     """
     a, g = r.args, r.g
     if r.softmask is not None and r.step == a.sm_start > 0:
@@ -394,7 +413,7 @@ class Metrics:
     """metrics.jsonl, written by rank 0; a resumed run drops what its checkpoint has not seen."""
 
     def __init__(self, path: Path, step: int, world: World):
-        self.file = None
+        self.path, self.file = path, None
         if world.rank == 0:
             lines = path.read_text().splitlines() if step and path.exists() else []
             with atomic_write(path, "w") as f:
@@ -403,7 +422,10 @@ class Metrics:
 
     def log(self, **entry) -> None:
         if self.file is not None:
-            self.file.write(json.dumps(entry) + "\n")
+            try:
+                self.file.write(json.dumps(entry) + "\n")
+            except OSError as error:
+                raise OSError(f"{self.path}: cannot be written ({error.strerror})") from None
 
 
 def _step_of(line: str) -> float:
@@ -422,12 +444,15 @@ def main(args: argparse.Namespace) -> int:
         )
     r = set_up(args)
     writable_folder(args.out, "--out")
+    if args.overwrite and r.world.rank == 0:
+        for name in ("ckpt.pt", "softmask.json"):
+            (out / name).unlink(missing_ok=True)
     say = print if r.world.rank == 0 else _silent
     blocks = r.corpus.blocks("val", args.block_size, args.eval_batches * EVAL_BATCH)
     metrics = Metrics(out / "metrics.jsonl", r.step, r.world)
     if args.resume and r.world.rank == 0:
         save_omegas(out, r.step, r.softmask)  # a run may die between its two files
-    mode = f"soft-masked, k {args.k}" if r.softmask is not None else "binary"
+    mode = f"soft-masked, k {r.softmask.k or 'V'}" if r.softmask is not None else "binary"
     say(
         f"{sum(p.numel() for p in r.model.parameters()):,} parameters, {mode}, vocabulary "
         f"{r.model.vocab_size}, {r.corpus.meta['tokens']['train']:,} training tokens, "
@@ -485,10 +510,10 @@ def loop(r: Run, out: Path, blocks: Tensor, metrics: Metrics, stop: StopSignal, 
                 **omegas,
             )
             bar.set_postfix(loss=f"{loss:.3f}", **{n: f"{v:.3g}" for n, v in omegas.items()})
-        if r.step % args.eval_every == 0 or r.step == args.steps:
-            report(r, blocks, metrics, bar)
         if r.step % args.save_every == 0 or last:
             r.save(out)
+        if not signum and (r.step % args.eval_every == 0 or r.step == args.steps):
+            report(r, blocks, metrics, bar)
         if r.step % args.log_every == 0:
             clock, at = time.perf_counter(), r.step
         if signum and r.step < args.steps:
@@ -529,7 +554,9 @@ def report(r: Run, blocks: Tensor, metrics: Metrics, bar) -> None:
 # The command line
 
 # What a run keeps when it is resumed.
-FIXED = "sm k sm_start config block_size tokenizer time_conditioning seed global_batch".split()
+FIXED = (
+    "sm k sm_start config block_size tokenizer time_conditioning seed global_batch data init"
+).split()
 
 PRESETS = {  # section 4.1 and appendix A.1
     "paper": dict(
@@ -545,7 +572,7 @@ def parser() -> Parser:
     p.add_argument("--preset", choices=list(PRESETS), help="the paper's numbers as defaults")
     g = p.add_argument_group("method")
     g.add_argument("--sm", action="store_true", help="soft-masking, in two passes; else binary")
-    g.add_argument("--k", default="3", help="tokens fed back; V: all, with a trained temperature")
+    g.add_argument("--k", help="tokens fed back, default 3; V: all, with a trained temperature")
     g.add_argument("--p-sm", type=float, default=0.8, help="share of sequences with a first pass")
     g.add_argument(
         "--sm-start",
@@ -633,11 +660,12 @@ def parse(argv: list[str]) -> argparse.Namespace:
         args = p.parse_args([*argv, "--resume"])
         args.state = state
         for name in FIXED:
-            if getattr(args, name) != state["args"][name]:
+            value = state["args"].get(name)
+            if getattr(args, name) != value:
                 flag = "--" + name.replace("_", "-")
                 raise ValueError(
-                    f"{flag} {getattr(args, name)}: the run has {state['args'][name]}; drop it, or "
-                    "start a new run from its weights with --init"
+                    f"{flag} {getattr(args, name)}: the run has {value}; drop it, or start a new "
+                    "run from its weights with --init"
                 )
     elif args.init:
         if args.config or args.sm_start:
@@ -674,6 +702,10 @@ def check(args: argparse.Namespace) -> None:
     for name in ("p_sm", "dropout", "decay", "ema"):
         if not 0 <= getattr(args, name) <= 1:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: between 0 and 1")
+    if not 0 <= args.seed < 2**62:
+        raise ValueError(f"--seed {args.seed}: from 0 to 2^62")
+    if args.resume and args.overwrite:
+        raise ValueError("--resume and --overwrite: one of them")
     if not 0 < args.omega_s < 1:
         raise ValueError(f"--omega-s {args.omega_s}: between 0 and 1, both excluded")
     if not 0 < args.b_l < args.b_h <= 1:

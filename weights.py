@@ -27,6 +27,10 @@ from runtime import atomic_write
 from softmask import SoftMask
 
 FORMAT = "soft-masked-diffusion 1"
+KEYS = {
+    *("config", "model", "ema", "updates", "softmask", "optimizer", "step", "generator", "rng"),
+    *("tokenizer", "args", "text"),
+}
 HUB = {"mdlm-owt": "kuleshov-group/mdlm-owt"}
 GPT2_IDS = 50_258  # GPT-2's vocabulary and the mask
 
@@ -37,8 +41,9 @@ GPT2_IDS = 50_258  # GPT-2's vocabulary and the mask
 def save_checkpoint(folder: Path, state: dict, softmask: SoftMask | None) -> None:
     """Write `ckpt.pt`, and the omegas beside it as `softmask.json`; each appears whole.
 
-    state: `config`, `model`, `ema`, `updates`, `softmask`, `optimizer`, `step`, `generator`, `rng`,
-    `tokenizer`, `args`.
+    state has the KEYS: `ema` in the order of the parameters, `updates` its count, `softmask` k and
+    raw scalars or None, `generator` and `rng` (one a process) the random states, `tokenizer` its
+    spec, `text` the fingerprint of the corpus.
     """
     with atomic_write(Path(folder) / "ckpt.pt") as f:
         torch.save({"format": FORMAT, **state}, f)
@@ -46,7 +51,7 @@ def save_checkpoint(folder: Path, state: dict, softmask: SoftMask | None) -> Non
 
 
 def save_omegas(folder: Path, step: int, softmask: SoftMask | None) -> None:
-    """Write `softmask.json`: the scalars in the paper's domain."""
+    """Write `softmask.json`: the scalars in the paper's domain; nothing for a binary model."""
     if softmask is not None:
         with atomic_write(Path(folder) / "softmask.json", "w") as f:
             json.dump({"step": step, "k": softmask.k, **softmask.omegas()}, f)
@@ -78,6 +83,9 @@ def load_checkpoint(path: str, flag: str) -> dict:
             return _from_hub(place.parent, [place])
         state = read_zip(place)
         if isinstance(state, dict) and state.get("format") == FORMAT:
+            missing = KEYS - state.keys()
+            if missing:
+                raise ValueError(f"it lacks {sorted(missing)[0]}")
             return torch.load(place, map_location="cpu", weights_only=True)
         return _from_lightning(state)
     except DAMAGE as error:

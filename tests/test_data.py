@@ -96,7 +96,7 @@ def test_streams_hold_every_document_once_with_end_of_text_between(tmp_path):
     corpus = data.open_corpus(str(folder), "bytes", str(tmp_path / "cache"))
     seen = []
     for split in ("train", "val"):
-        ids = corpus.stream(split)
+        ids = corpus.streams[split]
         assert len(ids) == corpus.meta["tokens"][split] and ids[-1] == 256
         texts = data.decode(corpus.tokenizer, ids).split(data.END_OF_TEXT)[:-1]
         seen += texts
@@ -109,7 +109,7 @@ def test_one_text_file_keeps_its_end_for_validation(tmp_path):
     file = tmp_path / "book.txt"
     file.write_text("".join(f"{i:04} " for i in range(400)))
     corpus = data.open_corpus(str(file), "bytes", str(tmp_path / "cache"))
-    train, val = (data.decode(corpus.tokenizer, corpus.stream(s)[:-1]) for s in ("train", "val"))
+    train, val = (data.decode(corpus.tokenizer, corpus.streams[s][:-1]) for s in ("train", "val"))
     assert train + val == file.read_text()
     assert len(val) == 100
 
@@ -118,7 +118,7 @@ def test_jsonl_lines_are_documents(tmp_path):
     file = tmp_path / "docs.jsonl"
     file.write_text("".join(json.dumps({"text": f"line {i}"}) + "\n\n" for i in range(100)))
     corpus = data.open_corpus(str(file), "bytes", str(tmp_path / "cache"))
-    ends = sum(int((corpus.stream(s) == 256).sum()) for s in ("train", "val"))
+    ends = sum(int((corpus.streams[s] == 256).sum()) for s in ("train", "val"))
     assert ends == 100 and corpus.meta["tokens"]["val"] > 0
 
 
@@ -134,7 +134,7 @@ def test_corpus_is_built_once_and_again_when_its_source_changes(tmp_path):
     (folder / "0.txt").write_text("new " * 1000)
     changed = data.open_corpus(str(folder), "bytes", cache)
     assert modification_times(changed) != times
-    assert "new new" in data.decode(changed.tokenizer, changed.stream("train"))
+    assert "new new" in data.decode(changed.tokenizer, changed.streams["train"])
     (folder / "1.txt").unlink()
     again = data.open_corpus(str(folder), "bytes", cache)
     assert again.meta["fingerprint"] != changed.meta["fingerprint"]
@@ -144,10 +144,10 @@ def test_corpus_is_built_once_and_again_when_its_source_changes(tmp_path):
 def test_truncated_cache_is_built_again(tmp_path, damage):
     folder, cache = write_texts(tmp_path / "texts"), str(tmp_path / "cache")
     corpus = data.open_corpus(str(folder), "bytes", cache)
-    whole = np.array(corpus.stream("train"))
+    whole = np.array(corpus.streams["train"])
     file = corpus.folder / damage
     os.truncate(file, file.stat().st_size // 2)
-    assert np.array_equal(data.open_corpus(str(folder), "bytes", cache).stream("train"), whole)
+    assert np.array_equal(data.open_corpus(str(folder), "bytes", cache).streams["train"], whole)
 
 
 def test_tokenizers_do_not_share_a_cache(tmp_path):
@@ -167,17 +167,17 @@ def test_batches_repeat_with_the_generator_and_stay_inside_the_stream(tmp_path):
     g_state = generator(0)
     g_state.set_state(g.get_state())
     assert torch.equal(corpus.batch(5, 50, g), corpus.batch(5, 50, g_state))
-    whole = data.decode(corpus.tokenizer, corpus.stream("train"))
+    whole = data.decode(corpus.tokenizer, corpus.streams["train"])
     assert all(data.decode(corpus.tokenizer, row) in whole for row in a)
     longest = corpus.meta["tokens"]["train"]
     assert torch.equal(
-        corpus.batch(2, longest, g)[0], torch.tensor(corpus.stream("train").astype(int))
+        corpus.batch(2, longest, g)[0], torch.tensor(corpus.streams["train"].astype(int))
     )
 
 
 def test_blocks_are_in_order_without_overlap_and_spread_when_limited(tmp_path):
     corpus = data.open_corpus(str(write_texts(tmp_path / "t")), "bytes", str(tmp_path / "c"))
-    stream = torch.tensor(corpus.stream("val").astype(int))
+    stream = torch.tensor(corpus.streams["val"].astype(int))
     blocks = corpus.blocks("val", 40)
     assert torch.equal(blocks.flatten(), stream[: len(stream) // 40 * 40])
     few = corpus.blocks("val", 40, limit=3)

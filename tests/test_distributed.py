@@ -1,4 +1,4 @@
-"""Jobs of several processes: same curves as one process, exact accounts, deaths that lose nothing."""
+"""Jobs of several processes: the curves of one process, exact accounts, harmless deaths."""
 
 import json
 import os
@@ -19,8 +19,9 @@ ENV = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")} |
     "OMP_NUM_THREADS": "1"
 }
 FLAGS = (
-    "--sm --sm-start 2 --config nano --tokenizer bytes --steps 12 --global-batch 8 --warmup 2 --k 2 "
-    "--eval-every 6 --eval-batches 99 --log-every 1 --save-every 5 --dtype float32 --device cpu"
+    "--sm --sm-start 2 --k 2 --config nano --tokenizer bytes --steps 12 --global-batch 8 "
+    "--warmup 2 --eval-every 6 --eval-batches 99 --log-every 1 --save-every 5 "
+    "--dtype float32 --device cpu"
 ).split()
 
 

@@ -52,6 +52,7 @@ def folder(tmp_path, networks):
         "ema": [p.detach() for p in networks[1].parameters()],
         "softmask": {"k": 3, "state": softmask.state_dict()},
         "step": 7,
+        **dict.fromkeys(("updates", "optimizer", "generator", "rng", "tokenizer", "args", "text")),
     }
     weights.save_checkpoint(tmp_path, state, softmask)
     return tmp_path
