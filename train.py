@@ -605,9 +605,9 @@ def parser() -> Parser:
     g.add_argument("--dropout", type=float, default=0.0)
     g.add_argument("--time-conditioning", action="store_true", help="tell the network sigma")
     g = p.add_argument_group("optimiser")
-    g.add_argument("--steps", type=int, default=1100)
+    g.add_argument("--steps", type=int, default=1800)
     g.add_argument(
-        "--batch-size", type=int, default=32, help="sequences of a backward pass of a process"
+        "--batch-size", type=int, default=16, help="sequences of a backward pass of a process"
     )
     g.add_argument("--grad-accum", type=int, default=1, help="backward passes of a step")
     g.add_argument(
@@ -622,12 +622,12 @@ def parser() -> Parser:
     g.add_argument("--clip", type=float, default=1.0, help="gradient norm")
     g.add_argument("--ema", type=float, default=0.9999, help="decay of the weights' average")
     g = p.add_argument_group("reports")
-    g.add_argument("--eval-every", type=int, default=300)
+    g.add_argument("--eval-every", type=int, default=600, help="steps between validations")
     g.add_argument(
         "--eval-batches", type=int, default=20, help=f"of {EVAL_BATCH} held-out sequences"
     )
-    g.add_argument("--log-every", type=int, default=10)
-    g.add_argument("--save-every", type=int, default=300)
+    g.add_argument("--log-every", type=int, default=10, help="steps between lines of metrics")
+    g.add_argument("--save-every", type=int, default=300, help="steps between checkpoints")
     g = p.add_argument_group("machine")
     g.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
     g.add_argument("--dtype", default="auto", help="auto, float32 or bfloat16")
@@ -651,7 +651,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     args.state = None
     restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
     if restarts and (Path(args.out) / "ckpt.pt").is_file():
-        args.resume = True  # torchrun --max-restarts started the same command again
+        argv = [a for a in argv if a != "--overwrite"]  # torchrun started the same command again
+        args.resume = True
     if args.resume:
         if not (Path(args.out) / "ckpt.pt").is_file():
             raise ValueError(f"--resume: no run in --out {args.out}; start one without --resume")
@@ -680,8 +681,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 
 def saved_args(args: argparse.Namespace) -> dict:
-    keep_out = ("state", "resume", "overwrite", "out")
-    return {name: value for name, value in vars(args).items() if name not in keep_out}
+    """What a checkpoint keeps of the arguments: all but those of this one call."""
+    of_the_call = ("state", "resume", "overwrite", "out")
+    return {name: value for name, value in vars(args).items() if name not in of_the_call}
 
 
 def check(args: argparse.Namespace) -> None:
