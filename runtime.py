@@ -151,9 +151,12 @@ def join_world(device: torch.device) -> World:
     if "WORLD_SIZE" not in os.environ:
         return ALONE
     try:
-        dist.init_process_group(
-            "nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=2)
-        )
+        patience = timedelta(hours=2)
+        store, rank, size = next(dist.rendezvous("env://", timeout=patience))
+        # After a restart torchrun's store still holds the addresses of the dead: use another part.
+        store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=patience)
     except (RuntimeError, ValueError) as error:
         place = ":".join(os.environ.get(name, "?") for name in ("MASTER_ADDR", "MASTER_PORT"))
         reason = str(error).splitlines()[0]
@@ -281,9 +284,13 @@ def run(main: Callable, args) -> None:
     except dist.DistError as error:
         message, status = f"another process of the job is gone ({error})", 2
     except RuntimeError as error:
-        if "allocate memory" not in str(error):
+        text = str(error).splitlines()[0]
+        if "allocate memory" in text:
+            message, status = "out of memory: use a smaller --batch-size or --block-size", 2
+        elif dist.is_initialized() and ("gloo" in text or "NCCL" in text):
+            message, status = "another process of the job is gone; resume from the last save", 2
+        else:
             raise
-        message, status = "out of memory: use a smaller --batch-size or --block-size", 2
     except (ValueError, OSError) as error:
         named = isinstance(error, OSError) and error.filename
         message = f"{error.filename}: {error.strerror}" if named else str(error)
