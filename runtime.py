@@ -5,7 +5,6 @@ not at all, signals that let the current step finish, errors of one line, progre
 """
 
 import argparse
-import atexit
 import contextlib
 import ctypes
 import os
@@ -133,6 +132,12 @@ class World:
         dist.all_gather_object(things, thing)
         return things
 
+    def leave(self) -> None:
+        """End the job together: a process that goes first may take its threads down badly."""
+        if self.size > 1:
+            dist.barrier()
+            dist.destroy_process_group()
+
     @contextlib.contextmanager
     def first(self) -> Iterator[None]:
         """Rank 0 does what is within first, the others after it: they find its files."""
@@ -163,7 +168,6 @@ def join_world(device: torch.device) -> World:
         raise ValueError(
             f"torchrun: no job at {place} ({reason}); give another --master-port or --standalone"
         ) from None
-    atexit.register(lambda: dist.is_initialized() and dist.destroy_process_group())
     return World(dist.get_rank(), dist.get_world_size(), device)
 
 

@@ -472,6 +472,7 @@ def main(args: argparse.Namespace) -> int:
         if r.world.rank == 0:
             name, again = signal.Signals(signum).name, f"train.py --resume --out {args.out}"
             print(f"train.py: {name}: saved step {r.step}; go on with: {again}", file=sys.stderr)
+        r.world.leave()
         return 128 + signum
     scores = r.scores or validate(r, blocks)
     say(table(scores, blocks, token_bytes(r.corpus.tokenizer)))
@@ -479,6 +480,7 @@ def main(args: argparse.Namespace) -> int:
         say("  ".join(f"{name} {value:.4f}" for name, value in r.softmask.omegas().items()))
     if r.world.rank == 0:
         print_samples(r)
+    r.world.leave()
     return 0
 
 
