@@ -1,6 +1,6 @@
 """Writes the published forms of the MDLM network, for tests and trials.
 
-python tests/published.py mdlm.ckpt     # Lightning, full size: 169M parameters, EMA, Adam's state
+PYTHONPATH=. python tests/published.py mdlm.ckpt    # full size: 169M, EMA, Adam
 """
 
 import json

@@ -220,3 +220,28 @@ def test_short_corpus_says_how_short(tmp_path):
 def test_unknown_tokenizer_is_refused(tmp_path):
     with pytest.raises(ValueError, match="choose stdlib, gpt2 or bytes"):
         data.open_corpus(None, "words", str(tmp_path))
+
+
+def test_few_jsonl_documents_hold_out_their_ends(tmp_path):
+    file = tmp_path / "docs.jsonl"
+    file.write_text("".join(json.dumps({"text": f"text {i} " * 50}) + "\n" for i in range(3)))
+    corpus = data.open_corpus(str(file), "bytes", str(tmp_path / "cache"))
+    assert corpus.meta["tokens"]["val"] > 0
+    assert corpus.meta["tokens"]["train"] > 0
+
+
+def test_a_run_keeps_the_text_it_opened_when_the_corpus_is_built_again(tmp_path):
+    folder, cache = write_texts(tmp_path / "texts"), str(tmp_path / "cache")
+    corpus = data.open_corpus(str(folder), "bytes", cache)
+    before = corpus.batch(8, 20, generator(0))
+    (folder / "0.txt").write_text("short")
+    data.open_corpus(str(folder), "bytes", cache)
+    assert torch.equal(corpus.batch(8, 20, generator(0)), before)
+
+
+def test_ids_beyond_the_vocabulary_name_the_damaged_folder(tmp_path):
+    corpus = data.open_corpus(str(write_texts(tmp_path / "t")), "bytes", str(tmp_path / "c"))
+    file = corpus.folder / "val.bin"
+    file.write_bytes(b"\xff" * file.stat().st_size)
+    with pytest.raises(ValueError, match="damaged; delete it"):
+        corpus.blocks("val", 40)

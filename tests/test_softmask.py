@@ -808,3 +808,11 @@ def test_randomise_leaves_no_parameter_at_zero(tiny):
     model = tiny()
     randomise(model)
     assert all(p.any() for p in model.parameters())
+
+
+@pytest.mark.parametrize("k", [1, 3, WHOLE])
+def test_entropies_stay_in_float32_under_autocast(tiny, k):
+    model = tiny()
+    with torch.autocast("cpu", torch.bfloat16):
+        feedback = SoftMask(None if k == WHOLE else k).feedback(model, torch.randn(4, 16))
+    assert feedback.neg_entropy.dtype == torch.float32

@@ -401,3 +401,43 @@ def test_init_refuses_another_vocabulary_and_another_size(go):
         go("--init", str(base), "--config", "cpu", out="other")
     with pytest.raises(ValueError, match="--block-size 33: the network takes 32"):
         go("--init", str(base), "--block-size", "33", out="other")
+
+
+def test_a_step_is_saved_before_it_is_validated(go, monkeypatch, tmp_path):
+    def report(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train, "report", report)
+    with pytest.raises(KeyboardInterrupt):
+        go("--eval-every", "5", "--save-every", "5")
+    assert checkpoint(tmp_path / "out")["step"] == 5
+
+
+def test_overwritten_run_cannot_be_taken_for_the_new_one(go, monkeypatch):
+    folder = go("--sm")
+    stop_after(monkeypatch, 1)
+    with pytest.raises(Stopped):
+        go("--overwrite")
+    assert os.listdir(folder) == ["metrics.jsonl"]
+
+
+def test_init_goes_on_with_the_text_of_its_checkpoint(go, text):
+    base = go(out="base")
+    args = train.parse(["--init", str(base), "--out", "x"])
+    train.inherit(args, checkpoint(base))
+    assert args.data == str(text)
+
+
+def test_init_refuses_another_k(go):
+    base = go("--sm", out="base")
+    with pytest.raises(ValueError, match="--k 5: --init was soft-masked with k 2"):
+        go("--init", str(base), "--sm", "--k", "5", out="other")
+
+
+def test_resume_tells_that_the_text_has_changed(go, text, capsys):
+    go("--sm", "--steps", "3")
+    before = text.read_text()
+    text.write_text(before + "and more\n")
+    go("--resume", "--steps", "4")
+    assert "has changed since" in capsys.readouterr().err
+    text.write_text(before)
