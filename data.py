@@ -86,6 +86,11 @@ def learn_bpe(texts: Iterable[str], entries: int = BPE_ENTRIES) -> tiktoken.Enco
     byte_of = {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(hidden)}
     by_rank = sorted(learner.get_vocab().items(), key=lambda item: item[1])
     words = [bytes(byte_of[c] for c in word) for word, _ in by_rank]
+    return _learned(words)
+
+
+def _learned(words: list[bytes]) -> tiktoken.Encoding:
+    """The learned tokenizer of these words, in the order of their ranks."""
     return tiktoken.Encoding(
         "stdlib",
         pat_str=GPT2_SPLIT,
@@ -107,13 +112,7 @@ def load_tokenizer(spec: dict) -> tiktoken.Encoding:
     """The tokenizer of a spec: {"name": "bytes" | "gpt2"} or a learned one with its words."""
     name = spec["name"]
     if name == "stdlib":
-        words = [base64.b64decode(word) for word in spec["words"]]
-        return tiktoken.Encoding(
-            name,
-            pat_str=GPT2_SPLIT,
-            mergeable_ranks={word: rank for rank, word in enumerate(words)},
-            special_tokens={END_OF_TEXT: len(words)},
-        )
+        return _learned([base64.b64decode(word) for word in spec["words"]])
     if name not in ("bytes", "gpt2"):
         raise ValueError(f"--tokenizer {name}: choose stdlib, gpt2 or bytes")
     return bytes_tokenizer() if name == "bytes" else gpt2_tokenizer()
@@ -215,8 +214,8 @@ def stdlib_source() -> Source:
 
 def _is_utf8(file: Path) -> bool:
     try:
-        file.read_bytes().decode("utf-8")
-    except UnicodeDecodeError:
+        _read_text(file)
+    except ValueError:
         return False
     return True
 
@@ -308,10 +307,11 @@ def open_corpus(data: str | None, tokenizer: dict | str | None, cache: str = "co
         raise ValueError(f"--tokenizer {spec['name']}: choose stdlib, gpt2 or bytes")
     fingerprint = source.fingerprint()
     folder = Path(cache) / f"{source.name}-{spec['name']}"
-    if "words" in spec and _open(folder, fingerprint, spec) is None:
+    corpus = _open(folder, fingerprint, spec)
+    if corpus is None and "words" in spec:  # learned elsewhere: beside the one learned here
         learned = hashlib.sha256(json.dumps(spec["words"]).encode()).hexdigest()[:8]
         folder = folder.with_name(f"{folder.name}-{learned}")
-    corpus = _open(folder, fingerprint, spec)
+        corpus = _open(folder, fingerprint, spec)
     if corpus is None:
         writable_folder(str(folder), "--cache")
         with locked(folder):  # another process may have built it while this one waited

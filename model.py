@@ -49,10 +49,10 @@ class DiTConfig:
         return asdict(self)
 
 
-def rotary_table(length: int, head_dim: int, base: float, device=None) -> tuple[Tensor, Tensor]:
+def rotary_table(length: int, head_dim: int, base: float) -> tuple[Tensor, Tensor]:
     """cos and sin (L, head_dim / 2) of position * base^(-2i/head_dim), in float32."""
-    freq = base ** (-torch.arange(0, head_dim, 2, device=device).float() / head_dim)
-    angle = torch.outer(torch.arange(length, device=device).float(), freq)
+    freq = base ** (-torch.arange(0, head_dim, 2).float() / head_dim)
+    angle = torch.outer(torch.arange(length).float(), freq)
     return angle.cos(), angle.sin()
 
 

@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
+OUT_OF_MEMORY = "out of memory: use a smaller --batch-size or --block-size"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -194,7 +195,8 @@ def atomic_write(path: Path, mode: str = "wb") -> Iterator:
         cause = error
         while cause is not None and not isinstance(cause, OSError):
             cause = cause.__context__  # torch.save hides a full disk behind an error of its own
-        if cause is not None and cause.errno is not None:
+        ours = cause is not None and str(cause.filename or aside) == str(aside)
+        if ours and cause.errno is not None:  # and not that of another file, being read meanwhile
             reason = os.strerror(cause.errno)
             raise OSError(f"{path}: cannot be written ({reason}); what was there is untouched")
         raise
@@ -213,9 +215,6 @@ def writable_folder(path: str, flag: str) -> Path:
     return folder
 
 
-# Signals and errors
-
-
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """One process at a time is within; where the system has no file locks, every one is."""
@@ -225,6 +224,9 @@ def locked(folder: Path) -> Iterator[None]:
 
             fcntl.flock(f, fcntl.LOCK_EX)
         yield
+
+
+# Signals and errors
 
 
 class StopSignal:
@@ -281,16 +283,14 @@ def run(main: Callable, args) -> None:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         message, status = "the reader of the output went away", 2
-    except torch.OutOfMemoryError:
-        message, status = "out of device memory: use a smaller --batch-size or --block-size", 2
-    except MemoryError:
-        message, status = "out of memory: use a smaller --batch-size or --block-size", 2
+    except (MemoryError, torch.OutOfMemoryError):
+        message, status = OUT_OF_MEMORY, 2
     except dist.DistError as error:
         message, status = f"another process of the job is gone ({error})", 2
     except RuntimeError as error:
         text = str(error).splitlines()[0]
         if "allocate memory" in text:
-            message, status = "out of memory: use a smaller --batch-size or --block-size", 2
+            message, status = OUT_OF_MEMORY, 2
         elif dist.is_initialized() and ("gloo" in text or "NCCL" in text):
             message, status = "another process of the job is gone; resume from the last save", 2
         else:

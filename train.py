@@ -665,14 +665,13 @@ def parse(argv: list[str]) -> argparse.Namespace:
         for name in FIXED:
             value = state["args"].get(name)
             if getattr(args, name) != value:
-                flag = "--" + name.replace("_", "-")
                 raise ValueError(
-                    f"{flag} {getattr(args, name)}: the run has {value}; drop it, or start a new "
+                    f"{given(args, name)}: the run has {value}; drop it, or start a new "
                     "run from its weights with --init"
                 )
     elif args.init:
         if args.config or args.sm_start:
-            flag = f"--config {args.config}" if args.config else f"--sm-start {args.sm_start}"
+            flag = given(args, "config" if args.config else "sm_start")
             raise ValueError(f"{flag}: for a network from scratch; drop it or --init")
         args.sm_start = 0
     else:
@@ -680,6 +679,11 @@ def parse(argv: list[str]) -> argparse.Namespace:
         args.sm_start = args.steps // 2 if args.sm_start is None else args.sm_start
     check(args)
     return args
+
+
+def given(args: argparse.Namespace, name: str) -> str:
+    """A flag and its value, as a person would write them."""
+    return f"--{name.replace('_', '-')} {getattr(args, name)}"
 
 
 def saved_args(args: argparse.Namespace) -> dict:
@@ -702,10 +706,10 @@ def check(args: argparse.Namespace) -> None:
     for name in (*at_least_1, "block_size"):
         value = getattr(args, name)
         if value is not None and value < 1:
-            raise ValueError(f"--{name.replace('_', '-')} {value}: at least 1")
+            raise ValueError(f"{given(args, name)}: at least 1")
     for name in ("p_sm", "dropout", "decay", "ema"):
         if not 0 <= getattr(args, name) <= 1:
-            raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: between 0 and 1")
+            raise ValueError(f"{given(args, name)}: between 0 and 1")
     if not 0 <= args.seed < 2**62:
         raise ValueError(f"--seed {args.seed}: from 0 to 2^62")
     if args.resume and args.overwrite:
@@ -716,7 +720,7 @@ def check(args: argparse.Namespace) -> None:
         raise ValueError(f"--b-l {args.b_l} --b-h {args.b_h}: need 0 < b_l < b_h <= 1")
     for name in ("lr", "lr_sm", "clip"):
         if not getattr(args, name) > 0:
-            raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: above 0")
+            raise ValueError(f"{given(args, name)}: above 0")
 
 
 if __name__ == "__main__":

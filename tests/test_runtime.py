@@ -33,6 +33,16 @@ def test_failed_write_keeps_the_old_file_and_leaves_nothing(tmp_path, error):
     assert os.listdir(tmp_path) == ["file"]
 
 
+def test_another_file_that_cannot_be_read_is_not_taken_for_the_one_written(tmp_path):
+    with pytest.raises(FileNotFoundError) as raised:
+        with runtime.atomic_write(tmp_path / "file"):
+            open(tmp_path / "absent")
+    assert raised.value.filename == str(tmp_path / "absent") or raised.value.filename == (
+        tmp_path / "absent"
+    )
+    assert os.listdir(tmp_path) == []
+
+
 def test_full_disk_is_named(tmp_path):
     with pytest.raises(OSError, match="No space left"), runtime.atomic_write(tmp_path / "file"):
         raise OSError(errno.ENOSPC, "No space left on device")
