@@ -46,6 +46,7 @@ class Step:
         torch.manual_seed(0)
         self.device, self.dtype = device, dtype
         self.model = DiT(DiTConfig(args.vocab, **SIZES[args.config])).to(device).train()
+        self.model.checkpoint_activations = args.checkpoint_activations
         for p in self.model.parameters():  # adaLN and the head start at zero: give them values
             if p.dim() == 2 and not p.any():
                 nn.init.normal_(p, std=0.02)
@@ -147,6 +148,7 @@ def bench_memory(args: argparse.Namespace) -> None:
         ]
         flags += ["--device", args.device, "--vocab", str(args.vocab)]
         flags += ["--length", str(args.length)] if args.length else []
+        flags += ["--checkpoint-activations"] * args.checkpoint_activations
         command = [sys.executable, __file__, "peak", *flags, "--kind", kind]
         result = subprocess.run(command, capture_output=True, text=True)
         if result.returncode:
@@ -198,6 +200,7 @@ def parser() -> Parser:
         default = 5 if name == "step" else 4
         c.add_argument("--batch-size", type=int, default=default, help="sequences")
         c.add_argument("--length", type=int, help="tokens a sequence; default: the network's")
+        c.add_argument("--checkpoint-activations", action="store_true", help="as in train.py")
         c.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
         c.add_argument("--dtype", default="auto", help="auto, float32 or bfloat16")
         if name == "step":

@@ -7,6 +7,8 @@ not at all, signals that let the current step finish, errors of one line, progre
 import argparse
 import contextlib
 import ctypes
+import json
+import math
 import os
 import signal
 import sys
@@ -226,6 +228,32 @@ def locked(folder: Path) -> Iterator[None]:
         yield
 
 
+class Metrics:
+    """metrics.jsonl, written by rank 0; a resumed run drops what its checkpoint has not seen."""
+
+    def __init__(self, path: Path, step: int, world: World):
+        self.path, self.file = path, None
+        if world.rank == 0:
+            lines = path.read_text().splitlines() if step and path.exists() else []
+            with atomic_write(path, "w") as f:
+                f.writelines(line + "\n" for line in lines if _step_of(line) <= step)
+            self.file = open(path, "a", buffering=1)  # a line at a time
+
+    def log(self, **entry) -> None:
+        if self.file is not None:
+            try:
+                self.file.write(json.dumps(entry) + "\n")
+            except OSError as error:
+                raise OSError(f"{self.path}: cannot be written ({error.strerror})") from None
+
+
+def _step_of(line: str) -> float:
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError):
+        return math.inf  # half a line of a run that was killed
+
+
 # Signals and errors
 
 
@@ -276,8 +304,9 @@ def run(main: Callable, args) -> None:
     program = Path(sys.argv[0]).name
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="replace")  # a terminal that cannot show a character
+    message = None
     try:
-        sys.exit(main(args))
+        status = main(args) or 0
     except KeyboardInterrupt:
         message, status = "interrupted", 130
     except BrokenPipeError:
@@ -299,5 +328,10 @@ def run(main: Callable, args) -> None:
         named = isinstance(error, OSError) and error.filename
         message = f"{error.filename}: {error.strerror}" if named else str(error)
         status = 2
-    print(f"{program}: {' '.join(message.split())}", file=sys.stderr)
+    if message is not None:
+        print(f"{program}: {' '.join(message.split())}", file=sys.stderr)
+    if "WORLD_SIZE" in os.environ:  # gloo's threads may abort a Python that ends in good order
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
     sys.exit(status)

@@ -1,17 +1,21 @@
 """Decoding: from masks to text in a chosen number of network passes, with and without soft-masking.
 
     python sample.py --ckpt out/ckpt.pt --num 4
-    python sample.py --prompt "def fibonacci(n):" --nfe 32 --top-p 0.9
-    python sample.py --infill "for [MASK] in range([MASK]):"
+    python sample.py --prompt "def fibonacci(n):" --nfe 32 --strategy remdm-cap --top-p 0.9
+    python sample.py --infill "for [MASK] in range([MASK]):" --strategy entropy
+    torchrun --nproc_per_node 8 sample.py --num 5008 --preset remdm-paper --out samples.jsonl
 
-One step: look (a pass over x_t, soft-masked by the feedback of the step before), choose which
-masked positions to open, draw their tokens, keep feedback for the masks that stay.
+One step: look (a pass over x_t, soft-masked by the feedback of the step before), let the strategy
+say which masked positions open, which tokens they get and which drawn ones are masked again, keep
+feedback for the masks that stay. Strategies differ in the middle part alone.
 """
 
 import argparse
+import hashlib
 import json
 import math
 import time
+from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 
@@ -21,47 +25,195 @@ from torch import Tensor
 from data import MASK_TEXT, decode, encode, load_tokenizer
 from runtime import (
     Parser,
+    World,
     atomic_write,
     autocast,
     generator,
+    join_world,
     pick_device,
     pick_dtype,
     progress,
     run,
     writable_folder,
 )
-from softmask import SoftMask, chunk_rows, denoise, noise_level
+from softmask import (
+    Feedback,
+    SoftMask,
+    at_least_float32,
+    chunk_rows,
+    denoise,
+    join,
+    noise_level,
+    pick,
+    schedule_scale,
+    top_k,
+)
 from weights import build_model, build_softmask, load_checkpoint
 
-
-def nucleus(p: Tensor, top_p: float) -> Tensor:
-    """MDLM's nucleus of probabilities p (N, V): the most likely tokens while their cumulative
-    probability is at most top_p, always the first; zero elsewhere, not renormalised."""
-    if top_p >= 1:
-        return p
-    order = p.argsort(dim=-1, descending=True, stable=True)
-    kept = p.gather(1, order).cumsum(-1) <= top_p
-    kept[:, 0] = True
-    return p * torch.zeros_like(kept).scatter_(1, order, kept)
+ANCESTRAL = ("mdlm", "remdm-cap", "remdm-rescale", "remdm-conf", "remdm-loop", "origin")
+ORDERS = ("maskgit_plus", "topk_margin", "entropy")  # Dream's, by confidence
+DREAM = ("origin", *ORDERS)
+ETA = {"remdm-cap": 0.04, "remdm-rescale": 0.015, "remdm-loop": 0.02}  # ReMDM's own numbers
 
 
-def draw_tokens(z: Tensor, temperature: float, top_p: float, uniform: Tensor) -> Tensor:
-    """One token a row of logits z (N, V) by Gumbel-max in float64, uniform (N, V) in U(0, 1).
+@dataclass(frozen=True)
+class Strategy:
+    """How positions are chosen (`name`: one of ANCESTRAL or ORDERS) and tokens drawn.
 
-    Temperature 0 takes the most likely token. float32 noise would silently sharpen the law.
+    `eta`, `t_on`, `t_off`, `alpha_on` are ReMDM's (None: the eta of ETA); `alg_temp` above 0 draws
+    Dream's order at random. Temperature 0 takes the most likely token. ValueError for a value that
+    would make a probability negative or above 1.
+    """
+
+    name: str = "mdlm"
+    temperature: float = 1.0
+    top_p: float = 1.0
+    eta: float | None = None
+    t_on: float = 0.55
+    t_off: float = 0.05
+    alpha_on: float = 0.9
+    alg_temp: float = 0.0
+
+    def __post_init__(self):
+        if self.name not in ANCESTRAL + ORDERS:
+            raise ValueError(f"--strategy {self.name}: choose {', '.join(ANCESTRAL + ORDERS)}")
+        if not (math.isfinite(self.temperature) and self.temperature >= 0):
+            raise ValueError(f"--temperature {self.temperature}: a finite number from 0")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"--top-p {self.top_p}: above 0, at most 1")
+        if not (math.isfinite(self.alg_temp) and self.alg_temp >= 0):
+            raise ValueError(f"--alg-temp {self.alg_temp}: a finite number from 0")
+        if self.alg_temp > 0 and self.name not in ORDERS:
+            raise ValueError(f"--alg-temp {self.alg_temp}: for {', '.join(ORDERS)}")
+        if self.eta is None:
+            object.__setattr__(self, "eta", ETA.get(self.name, 0.0))
+        elif self.name not in ETA:
+            raise ValueError(f"--eta {self.eta}: for {', '.join(ETA)}")
+        if not 0 <= self.t_off < self.t_on < 1 or not 0 < self.alpha_on < 1:
+            raise ValueError(
+                f"--t-on {self.t_on}, --t-off {self.t_off}, --alpha-on {self.alpha_on}: need "
+                "0 <= t_off < t_on < 1 and 0 < alpha_on < 1"
+            )
+        most = 1.0
+        if self.name == "remdm-loop":
+            most = min(1.0, (1 - self.alpha_on) / self.alpha_on)
+        if not 0 <= self.eta <= most:
+            raise ValueError(
+                f"--eta {self.eta}: from 0 to {most:.4g}; beyond, a probability would be negative "
+                "or above 1"
+            )
+
+    @property
+    def remasks(self) -> bool:
+        return self.name.startswith("remdm")
+
+    def times(self, nfe: int) -> list[float]:
+        """t_0 = 1 > ... > t_nfe, which MDLM ends at 1e-5 and Dream (in float32) at 1e-3."""
+        if self.name in DREAM:
+            return torch.linspace(1, 1e-3, nfe + 1).tolist()
+        return torch.linspace(1, 1e-5, nfe + 1, dtype=torch.float64).tolist()
+
+    def rates(self, t: float, s: float) -> tuple[float, float]:
+        """From time t to s: the probability that a mask opens, and sigma, that a drawn token is
+        masked again (for remdm-conf: the expected number of them in a sequence)."""
+        alpha_t, alpha_s, sigma = 1 - t, 1 - s, 0.0
+        if self.name == "remdm-loop":
+            if t > self.t_on:
+                alpha_t, alpha_s = (self.alpha_on * a / (1 - self.t_on) for a in (alpha_t, alpha_s))
+            elif t > self.t_off:
+                alpha_t, alpha_s, sigma = self.alpha_on, self.alpha_on, self.eta
+            else:
+                alpha_t, alpha_s = (1 - v * (1 - self.alpha_on) / self.t_off for v in (t, s))
+        elif self.remasks:
+            sigma = min(1.0, (1 - alpha_s) / alpha_t) if alpha_t > 0 else 1.0  # sigma_max
+            if self.name == "remdm-cap":
+                sigma = min(self.eta, sigma)
+            elif self.name == "remdm-rescale":
+                sigma = self.eta * sigma
+        common = 0.0 if self.name == "remdm-conf" else sigma
+        return (alpha_s - (1 - common) * alpha_t) / (1 - alpha_t), sigma
+
+
+# From predictions to tokens
+
+
+def nucleus(p: Tensor, top_p: float, crossing: bool) -> tuple[Tensor, Tensor]:
+    """The nucleus of probabilities p (N, V): ids and renormalised probabilities (N, K), the largest
+    first, 0 behind the end of a row.
+
+    MDLM's and ReMDM's keeps tokens while their cumulative probability is at most top_p, always the
+    first; Dream's (`crossing`) keeps the smallest set whose probability reaches top_p. Only as many
+    as it may hold are looked for, not all sorted.
+    """
+    for k in (64, 1024, p.shape[1]):
+        top, ids = top_k(p, min(k, p.shape[1]))
+        total = top.cumsum(-1)
+        inside = total - top < top_p if crossing else total <= top_p
+        inside[:, :1] = True
+        if k >= p.shape[1] or not inside[:, -1].any():
+            break
+    width = int(inside.sum(-1).max()) if len(p) else 1
+    kept = (top * inside)[:, :width]
+    return ids[:, :width], kept / kept.sum(-1, keepdim=True)
+
+
+def candidates(z: Tensor, mask_id: int, how: Strategy) -> tuple[Tensor | None, Tensor]:
+    """Logits (N, V) to the tokens that may be drawn and their probabilities, after temperature and
+    nucleus; ids None stands for the whole vocabulary. The mask is never among them."""
+    z = z.index_fill(1, torch.tensor([mask_id], device=z.device), -math.inf)
+    p = (z / how.temperature if how.temperature > 0 else z).softmax(-1)
+    if how.top_p >= 1:
+        return None, p
+    return nucleus(p, how.top_p, crossing=how.name in DREAM)
+
+
+def draw(
+    ids: Tensor | None, p: Tensor, temperature: float, generators: list[torch.Generator]
+) -> tuple[Tensor, Tensor]:
+    """One of the `candidates` a row and its probability, each (N,); row n draws from generators[n].
+
+    By Gumbel-max in float64: float32 noise would silently sharpen the law.
     """
     if temperature == 0:
-        return z.argmax(-1)
-    p = nucleus((z.to(uniform) / temperature).softmax(-1), top_p)
-    return (p.log() - torch.log(-torch.log(uniform))).argmax(-1)
+        best = p.argmax(-1, keepdim=True)
+    else:
+        u = torch.zeros(p.shape, dtype=torch.float64)
+        for row, g, n in zip(u, generators, (p > 0).sum(-1).tolist() if ids is not None else []):
+            row[:n] = uniform(g, n)  # a row's noise does not depend on the width of others
+        if ids is None:
+            u = torch.stack([uniform(g, p.shape[1]) for g in generators])
+        where = "cpu" if p.device.type == "mps" else p.device  # it has no float64
+        score = p.to(where).double().log() - torch.log(-torch.log(u.to(where)))
+        best = score.argmax(-1, keepdim=True).to(p.device)
+    tokens = best if ids is None else ids.gather(1, best)
+    return tokens[:, 0], p.gather(1, best)[:, 0]
 
 
+def uniform(g: torch.Generator, n: int) -> Tensor:
+    return torch.rand(n, generator=g, dtype=torch.float64)
+
+
+def confidence(order: str, p: Tensor, drawn: Tensor) -> Tensor:
+    """Dream's confidence (N,) in predictions: p (N, K) of the candidates, `drawn` of the token."""
+    if order == "maskgit_plus":
+        return drawn
+    if order == "topk_margin":
+        first, second = p.topk(2).values.unbind(-1) if p.shape[1] > 1 else (p[:, 0], 0.0)
+        return first - second
+    return torch.special.xlogy(p, p).sum(-1)  # negative entropy
+
+
+# The loop
+
+
+@dataclass
 class Decoding:
-    """What a decoding did: passes of the network, and whether a last one filled left-over masks."""
+    """What a decoding did: passes of the network; whether a last one filled left-over masks; and,
+    where asked for, the trace, a dictionary a sequence and step (see `generate`)."""
 
-    def __init__(self):
-        self.passes = 0
-        self.filled = False
+    passes: int = 0
+    filled: bool = False
+    trace: list[dict] = field(default_factory=list)
 
 
 @torch.no_grad()
@@ -70,69 +222,182 @@ def generate(
     x: Tensor,
     nfe: int,
     softmask: SoftMask | None = None,
-    temperature: float = 1.0,
-    top_p: float = 1.0,
+    how: Strategy | None = None,
+    *,
     seeds: list[int] | None = None,
     dtype: torch.dtype = torch.float32,
+    schedule: tuple[str, str, float] = ("none", "sm-binary", 0.5),
+    reuse_unchanged: bool = False,
+    trace: bool = False,
     on_step=None,
 ) -> tuple[Tensor, Decoding]:
-    """MDLM's ancestral sampling (section 2.1, Eq. 1): fill the masks of x (B, L) in `nfe` steps.
+    """Fill the masks of x (B, L) in `nfe` steps; positions that are not the mask never change.
 
-    Times run over linspace(1, 1e-5, nfe + 1), alpha = 1 - t: from t to s a masked position opens
-    with probability (alpha_s - alpha_t)/(1 - alpha_t) and then draws its token; positions that are
-    not the mask never change. Feedback starts at the second step and is taken before temperature
-    and nucleus. If masks remain, one more pass fills them by argmax; it is not counted as NFE.
-    `seeds` holds one seed a row, so that a row does not depend on its batch. A binary step in which
-    nothing changed reuses the last pass. Returns the tokens (B, L) and a `Decoding`;
-    `on_step(i, x)` is called after every step.
+        x = torch.full((4, model.config.block_size), model.mask_id)
+        tokens, done = generate(model, x, 64, softmask, Strategy("remdm-cap", top_p=0.9))
+
+    `model` is any denoiser, in evaluation mode and on x's device; without `softmask` masks stay
+    plain. Feedback starts at the second step, is taken before temperature and nucleus, and for a
+    remasked position is its former token. `seeds` holds one seed a row (default 0, 1, ...): a row
+    does not depend on its batch. `schedule` is (kind, order, t') of `schedule_scale`. A binary step
+    in which nothing changed reuses the last pass; with `reuse_unchanged` a soft-masked one does
+    too. If masks remain after the last step, one more pass fills them by argmax; it is not counted
+    as NFE. `on_step(i, x)` is called after every step.
+
+    Returns the tokens (B, L) and a `Decoding`. Its trace has, for every step and row: step, t (the
+    time it ended at), row, `drawn` [[position, id], ...], `remasked` [positions], and `soft`, for
+    the masks that stay: [position, lambda, -H in nats, [ids], [weights]]. ValueError for an nfe
+    that the strategy cannot use, or beyond the length of the network.
     """
-    if nfe < 1:
-        raise ValueError(f"nfe = {nfe}: decoding takes at least one step")
+    how = how or Strategy()
+    start = x == model.mask_id
+    most = int(start.sum(1).max()) if how.name in ORDERS and start.any() else None
+    if nfe < 1 or (most and nfe > most):
+        limit = f"at most {most}, one a masked position, for {how.name}" if most else "at least 1"
+        raise ValueError(f"nfe {nfe}: {limit}")
     x, done = x.clone(), Decoding()
+    flat, length = x.view(-1), x.shape[1]
     generators = [generator(s) for s in (range(len(x)) if seeds is None else seeds)]
-    times = torch.linspace(1, 1e-5, nfe + 1, dtype=torch.float64).tolist()
-    reuse = softmask is None and not model.config.time_conditioning
+    reuse = not model.config.time_conditioning and (softmask is None or reuse_unchanged)
     changed, feedback, rows = True, None, None
-    length = x.shape[1]
-    exact = "cpu" if x.device.type == "mps" else x.device  # where there is float64
+    prob = torch.zeros(x.shape, device=x.device)  # of each token when it was drawn
+    times = how.times(nfe)
     with autocast(x.device, dtype):
         for i, (t, s) in enumerate(pairwise(times)):
             masked = x == model.mask_id
-            if not masked.any():
+            if not (masked.any() or how.remasks):
                 break
-            if changed or not reuse:
-                hidden = _look(model, x, t, softmask, rows, feedback)  # (B * L, D)
+            if masked.any() and (changed or not reuse):
+                scale = schedule_scale(1 - i / nfe, *schedule)
+                hidden = _look(model, x, t, softmask, rows, feedback, scale)  # (B * L, D)
                 done.passes += 1
-            u = torch.stack([_uniform(g, length) for g in generators])  # (B, L)
-            opens = masked & (u < (t - s) / t).to(x.device)
-            chosen = opens.flatten().nonzero().squeeze(1)
-            changed = len(chosen) > 0
-            for part in chosen.split(chunk_rows(model.vocab_size)) if changed else ():
-                own = [generators[i] for i in (part // length).tolist()]
-                u = torch.stack([_uniform(g, model.vocab_size) for g in own]).to(exact)  # (N, V)
-                z = model.logits(hidden[part]).to(exact)
-                x.view(-1)[part] = draw_tokens(z, temperature, top_p, u).to(x.device)
-            rows = (masked & ~opens).flatten().nonzero().squeeze(1)
-            if softmask is not None and len(rows):
-                feedback = softmask.feedback(model, hidden[rows])
+            last = i == nfe - 1
+            seen = tokens = None
+            if how.name in ORDERS:
+                opens, tokens, seen = _by_confidence(
+                    model, hidden, masked, how, softmask, generators, t, s, last
+                )
+                closes = torch.zeros_like(opens)
+            else:
+                u = torch.stack([uniform(g, length) for g in generators]).to(prob)  # (B, L)
+                opening, sigma = how.rates(t, s)
+                opens = masked & ((u < opening) | (last and how.name == "origin"))
+                drawn = start & ~masked
+                if how.name == "remdm-conf":  # spread over what may be remasked
+                    share = torch.where(drawn, -prob, -math.inf).softmax(-1).nan_to_num(0)
+                    sigma = sigma * share
+                closes = drawn & (u < sigma)
+            chosen = opens.flatten().nonzero()[:, 0]
+            former, remasked = x[closes], closes.flatten().nonzero()[:, 0]
+            if tokens is None:
+                tokens, p = _draw_at(model, hidden, chosen, how, generators, length)
+                prob.view(-1)[chosen] = p.to(prob)
+            flat[chosen], flat[remasked] = tokens, model.mask_id
+            changed = len(chosen) + len(remasked) > 0
+            if softmask is not None and (changed or not reuse or feedback is None):
+                stays = masked & ~opens
+                rows = stays.flatten().nonzero()[:, 0]
+                parts = [softmask.certain(former, model.embedding)] if len(former) else []
+                if len(rows):
+                    new = softmask.feedback(model, hidden[rows]) if seen is None else seen
+                    parts.insert(0, new if seen is None else pick(seen, stays[masked]))
+                rows = torch.cat([rows, remasked])
+                feedback = join(parts) if parts else None
+            if trace:
+                scale = schedule_scale(1 - (i + 1) / nfe, *schedule)
+                lam = None if feedback is None else scale * softmask.lam(feedback.neg_entropy)
+                done.trace += _record(i, s, x, chosen, remasked, rows, feedback, lam)
             if on_step is not None:
                 on_step(i, x)
-        rest = (x == model.mask_id).flatten().nonzero().squeeze(1)
+        rest = (x == model.mask_id).flatten().nonzero()[:, 0]
         if len(rest):
             done.filled = True
-            hidden = _look(model, x, times[-1], softmask, rows, feedback)
-            x.view(-1)[rest] = model.logits(hidden[rest]).argmax(-1)
+            scale = schedule_scale(0.0, *schedule)
+            hidden = _look(model, x, times[-1], softmask, rows, feedback, scale)
+            flat[rest], _ = _draw_at(
+                model, hidden, rest, Strategy(how.name, temperature=0), generators, length
+            )
+            if trace:
+                done.trace += _record(nfe, 0.0, x, rest, rest[:0], None, None, None)
     return x, done
 
 
-def _look(model, x: Tensor, t: float, softmask, rows, feedback) -> Tensor:
+def _look(model, x: Tensor, t: float, softmask, rows, feedback, scale: float) -> Tensor:
     """A pass at time t over x (B, L) with the feedback of the last one, if any: (B * L, D)."""
     sigma = noise_level(torch.full((len(x),), t, device=x.device), model.mask_eps)
-    return denoise(model, x, sigma, softmask, rows, feedback).flatten(0, 1)
+    return denoise(model, x, sigma, softmask, rows, feedback, scale).flatten(0, 1)
 
 
-def _uniform(g: torch.Generator, n: int) -> Tensor:
-    return torch.rand(n, generator=g, dtype=torch.float64)
+def _draw_at(model, hidden, rows, how, generators, length: int) -> tuple[Tensor, Tensor]:
+    """Tokens and their probabilities at `rows` (N,): only they meet the vocabulary."""
+    parts = [(rows, torch.zeros(len(rows), device=rows.device))] if not len(rows) else []
+    for part in rows.split(chunk_rows(model.vocab_size)) if len(rows) else ():
+        z = model.logits(hidden[part])
+        z = at_least_float32(z) if z.device.type == "mps" else z.double()
+        own = [generators[i] for i in (part // length).tolist()]
+        parts.append(draw(*candidates(z, model.mask_id, how), how.temperature, own))
+    tokens, p = zip(*parts)
+    return torch.cat(tokens), torch.cat(p)
+
+
+def _by_confidence(model, hidden, masked, how, softmask, generators, t, s, last):
+    """Dream's orders: the n positions of largest confidence open, n = masks (1 - s/t) a row.
+
+    Returns the positions (B, L); their tokens where the confidence needed them drawn, else None;
+    and the feedback of all masked positions, for which one meeting with the vocabulary serves.
+    """
+    rows = masked.flatten().nonzero()[:, 0]
+    sure, tokens, seen = [], [], []
+    for part in rows.split(chunk_rows(model.vocab_size)):
+        z = at_least_float32(model.logits(hidden[part]))
+        if softmask is not None:
+            seen.append(softmask.reduce(z, model.embedding))
+        ids, p = candidates(z, model.mask_id, how)
+        drawn = None
+        if how.name == "maskgit_plus":
+            own = [generators[i] for i in (part // masked.shape[1]).tolist()]
+            token, drawn = draw(ids, p, how.temperature, own)
+            tokens.append(token)
+        sure.append(confidence(how.name, p, drawn))
+    score = torch.full(masked.shape, -math.inf, dtype=sure[0].dtype, device=masked.device)
+    score[masked] = torch.cat(sure)
+    if how.alg_temp > 0:  # Gumbel's top n: n draws without replacement from the softmax
+        u = torch.stack([uniform(g, masked.shape[1]) for g in generators]).to(score.device)
+        score = score.double() / how.alg_temp - torch.log(-torch.log(u))
+        score = score.masked_fill(~masked, -math.inf)
+    share = 1 - torch.tensor(s) / torch.tensor(t)  # in float32, as published
+    count = masked.sum(1)
+    n = count if last else (count.float() * share.to(count.device)).long()  # (B,)
+    order = score.argsort(dim=-1, descending=True, stable=True)  # ties: the lowest position first
+    ranks = torch.arange(masked.shape[1], device=masked.device).expand_as(order)
+    opens = masked & (torch.empty_like(order).scatter_(1, order, ranks) < n[:, None])
+    tokens = torch.cat(tokens)[opens[masked]] if tokens else None
+    return opens, tokens, join(seen) if seen else None
+
+
+def _record(step: int, t: float, x, chosen, remasked, rows, feedback: Feedback | None, lam):
+    """The trace of a step: a dictionary a sequence."""
+    length, flat = x.shape[1], x.flatten()
+    entries = [
+        {"row": b, "step": step, "t": round(t, 6), "drawn": [], "remasked": [], "soft": []}
+        for b in range(len(x))
+    ]
+    for place, token in zip(chosen.tolist(), flat[chosen].tolist()):
+        entries[place // length]["drawn"].append([place % length, token])
+    for place in remasked.tolist():
+        entries[place // length]["remasked"].append(place % length)
+    if feedback is not None:
+        n = len(rows)
+        ids = [[]] * n if feedback.ids is None else feedback.ids.tolist()
+        weights = [[]] * n if feedback.weights is None else feedback.weights.tolist()
+        numbers = zip(rows.tolist(), lam.tolist(), feedback.neg_entropy.tolist(), ids, weights)
+        for place, one_lam, neg_entropy, v, pi in numbers:
+            shown = [round(one_lam, 4), round(neg_entropy, 4), v, [round(w, 4) for w in pi]]
+            entries[place // length]["soft"].append([place % length, *shown])
+    return entries
+
+
+# The command line
 
 
 def template(tokenizer, length: int, prompt: str = "", infill: str = "") -> list[int]:
@@ -155,6 +420,100 @@ def template(tokenizer, length: int, prompt: str = "", infill: str = "") -> list
     return ids + [mask] * (length - len(ids))
 
 
+def seed_of(seed: int, i: int) -> int:
+    """The seed of sample i of a run, whatever its batch."""
+    return (seed * 1_000_003 + i) % 2**63
+
+
+class Samples:
+    """The samples of a run: kept, or appended to a JSONL file that a later run goes on with.
+
+    A line is {"index", "run", "text", "ids"}; `run` is a hash of all that decides the samples.
+    """
+
+    def __init__(self, path: str | None, settings: list, world: World):
+        self.path, self.world = path and Path(path), world
+        self.run = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:12]
+        self.texts, self.done = [], 0
+        if self.path and self.path.exists():
+            lines = self.path.read_bytes().splitlines(keepends=True)
+            if lines and not lines[-1].endswith(b"\n"):
+                lines.pop()  # half a line of a run that was killed
+            for i, line in enumerate(lines):
+                if self._of(line) != (i, self.run):
+                    raise ValueError(
+                        f"--out {path}: line {i + 1} is not sample {i} of this run; name another "
+                        "file, or delete it"
+                    )
+            self.done = len(lines)
+            if world.rank == 0:
+                with atomic_write(self.path) as f:
+                    f.writelines(lines)
+
+    @staticmethod
+    def _of(line: bytes):
+        try:
+            entry = json.loads(line)
+            return entry["index"], entry["run"]
+        except (ValueError, KeyError, TypeError):
+            return None
+
+    def add(self, texts: list[str], ids: list[list[int]]) -> None:
+        """The samples of all processes, in the order of their ranks."""
+        for part in self.world.gather(list(zip(texts, ids, strict=True))):
+            lines = []
+            for text, one in part:
+                entry = {"index": self.done, "run": self.run, "text": text, "ids": one}
+                lines.append(json.dumps(entry) + "\n")
+                self.done += 1
+            if self.path is None:
+                self.texts += [text for text, _ in part]
+            elif self.world.rank == 0 and lines:
+                try:
+                    with open(self.path, "a") as f:
+                        f.writelines(lines)
+                except OSError as error:
+                    raise OSError(
+                        f"--out {self.path}: cannot be written ({error.strerror}); make room, and "
+                        "the same command goes on"
+                    ) from None
+
+
+class TraceFile:
+    """A trace as JSONL: a first line with what the run was and the ids that it started from, then a
+    line a step and sample (see `generate`). "texts" of a line spells the ids that are new in it."""
+
+    def __init__(self, path: str, head: dict, tokenizer):
+        self.file, self.tokenizer, self.told = open(path, "w", buffering=1), tokenizer, set()
+        self._write({"trace": 1, **head}, head["start"])
+
+    def add(self, entries: list[dict], samples: range) -> None:
+        for entry in entries:
+            ids = [i for _, i in entry["drawn"]] + [i for *_, v, _ in entry["soft"] for i in v]
+            self._write({"sample": samples[entry.pop("row")], **entry}, ids)
+
+    def _write(self, line: dict, ids: list[int]) -> None:
+        new = sorted(set(ids) - self.told)
+        self.told.update(new)
+        line["texts"] = {i: decode(self.tokenizer, [i]) for i in new}
+        self.file.write(json.dumps(line, separators=(",", ":")) + "\n")
+
+
+def strategy_of(args: argparse.Namespace, length: int, nfe: int) -> Strategy:
+    """The strategy that the flags name; a flag that is None takes its default."""
+    values = {
+        name: getattr(args, name)
+        for name in ("temperature", "top_p", "eta", "t_on", "t_off", "alpha_on", "alg_temp")
+        if getattr(args, name) is not None
+    }
+    if args.preset == "remdm-paper":  # the ReMDM rows of the paper's table 1
+        if args.strategy or args.eta is not None:
+            raise ValueError("--preset remdm-paper: it chooses --strategy and --eta itself")
+        name = "remdm-cap" if nfe < length else "remdm-loop"
+        return Strategy(name, **({"top_p": 0.9} | values))
+    return Strategy(args.strategy or "mdlm", **values)
+
+
 def main(args: argparse.Namespace) -> None:
     device = pick_device(args.device)
     dtype = pick_dtype(args.dtype, device)
@@ -162,13 +521,20 @@ def main(args: argparse.Namespace) -> None:
         raise ValueError(
             "--prompt and --infill: one of them; a text to infill may begin as you like"
         )
-    if args.out:
-        writable_folder(Path(args.out).parent, "--out")
-    if not math.isfinite(args.temperature):
-        raise ValueError(f"--temperature {args.temperature}: a finite number from 0")
-    if args.num < 1 or args.batch_size < 1 or not 0 < args.top_p <= 1 or args.temperature < 0:
-        raise ValueError("--num and --batch-size from 1, --top-p in (0, 1], --temperature from 0")
+    if args.num < 1 or args.batch_size < 1:
+        raise ValueError(f"--num {args.num} --batch-size {args.batch_size}: both from 1")
+    for name in ("out", "trace"):
+        if getattr(args, name):
+            writable_folder(Path(getattr(args, name)).parent, f"--{name}")
+    schedule = (args.sm_schedule, args.sm_order, args.sm_switch)
+    if not 0 <= args.sm_switch <= 1:
+        raise ValueError(f"--sm-switch {args.sm_switch}: between 0 and 1")
     state = load_checkpoint(args.ckpt, "--ckpt")
+    if (args.sm_schedule != "none" or args.reuse_unchanged) and (
+        args.no_sm or state["softmask"] is None
+    ):
+        why = "--no-sm is given" if args.no_sm else f"{args.ckpt} is a binary model"
+        raise ValueError(f"--sm-schedule, --reuse-unchanged: for soft-masking, but {why}")
     model = build_model(state, ema=True).to(device).eval()
     softmask = None if args.no_sm else build_softmask(state)
     softmask = softmask.to(device) if softmask is not None else None
@@ -178,66 +544,89 @@ def main(args: argparse.Namespace) -> None:
     if not 1 <= length <= limit:
         raise ValueError(f"--length {length}: the network takes 1 to {limit} tokens")
     start = torch.tensor(template(tokenizer, length, args.prompt, args.infill), device=device)
-    nfe = len(start) if args.nfe is None else args.nfe
-    if nfe < 1:
-        raise ValueError(f"--nfe {nfe}: at least one step")
-    samples, passes, begin = [], 0, time.perf_counter()
-    with progress(total=args.num * nfe, desc="decoding", unit=" steps") as bar:
-        for first in range(0, args.num, args.batch_size):
-            seeds = [
-                (args.seed * 1_000_003 + i) % 2**63
-                for i in range(first, min(first + args.batch_size, args.num))
-            ]
-            x, done = generate(
-                model,
-                start.repeat(len(seeds), 1),
-                nfe,
-                softmask,
-                args.temperature,
-                args.top_p,
-                seeds,
-                dtype,
-                on_step=lambda i, x: bar.update(len(x)),
-            )
-            passes += done.passes
-            samples += x.tolist()
+    masks = int((start == model.mask_id).sum())
+    nfe = masks if args.nfe is None else args.nfe
+    how = strategy_of(args, length, nfe)
+    if nfe < 1 or (how.name in ORDERS and nfe > masks):
+        raise ValueError(f"--nfe {nfe}: from 1, and for {how.name} to {masks}, the masks to fill")
+    world = join_world(device)
+    digest = hashlib.sha256(model.embedding.detach().cpu().numpy().tobytes()).hexdigest()
+    omegas = softmask.omegas() if softmask is not None else None
+    settings = [digest, omegas, repr(how), schedule, args.reuse_unchanged]
+    samples = Samples(args.out, [*settings, start.tolist(), nfe, args.seed], world)
+    already, passes, batches, begin = samples.done, 0, 0, time.perf_counter()
+    k = "V" if softmask is not None and softmask.k is None else softmask and softmask.k
+    head = {"strategy": how.name, "nfe": nfe, "k": k, "omegas": omegas, "start": start.tolist()}
+    tracing = args.trace and world.rank == 0
+    trace = TraceFile(args.trace, head, tokenizer) if tracing else None
+    with progress(total=(args.num - already) * nfe, desc="decoding", unit=" steps") as bar:
+        while samples.done < args.num:
+            first = samples.done + world.rank * args.batch_size
+            here = range(min(first, args.num), min(first + args.batch_size, args.num))
+            x = start.repeat(len(here), 1)
+            if len(here):
+                x, done = generate(
+                    model, x, nfe, softmask, how, seeds=[seed_of(args.seed, i) for i in here],
+                    dtype=dtype, schedule=schedule, reuse_unchanged=args.reuse_unchanged,
+                    trace=trace is not None, on_step=lambda i, x: bar.update(len(x) * world.size)
+                )  # fmt: skip
+                passes, batches = passes + done.passes, batches + 1
+                if trace is not None:
+                    trace.add(done.trace, here)
+            ids = x.tolist()
+            samples.add([decode(tokenizer, one) for one in ids], ids)
     seconds = time.perf_counter() - begin
-    texts = [decode(tokenizer, ids) for ids in samples]
-    if args.out:
-        with atomic_write(args.out, "w") as f:
-            f.writelines(
-                json.dumps({"text": t, "ids": i}) + "\n"
-                for t, i in zip(texts, samples, strict=True)
-            )
-    for i, text in enumerate(texts):
-        print(f"--- sample {i}\n{text}")
-    filled = int((start == model.mask_id).sum()) * args.num
-    batches = -(-args.num // args.batch_size)
-    print(
-        f"--- {filled / seconds:.1f} tokens per second; {nfe} steps, {passes / batches:.1f} "
-        f"network passes a batch; {'soft-masked' if softmask is not None else 'binary'}"
-    )
+    if world.rank == 0:
+        for i, text in enumerate(samples.texts):
+            print(f"--- sample {i}\n{text}")
+        made = args.num - already
+        where = f" in {args.out}" if args.out else ""
+        print(
+            f"--- {made} samples{where}, {masks * made / seconds:.1f} tokens per second; "
+            f"{how.name}, {nfe} steps, {passes / max(1, batches):.1f} network passes a batch; "
+            f"{'soft-masked' if softmask is not None else 'binary'}"
+        )
+    world.leave()
 
 
 def parser() -> Parser:
     p = Parser(description="Decode text.")
-    g = p.add_argument_group("what")
-    g.add_argument("--ckpt", default="out/ckpt.pt", help="a checkpoint, or its folder")
-    g.add_argument("--num", type=int, default=1, help="samples")
-    g.add_argument("--length", type=int, help="tokens of a sample; default: the network's length")
-    g.add_argument("--prompt", default="", help="a prefix that stays")
-    g.add_argument("--infill", default="", help=f"a text: each {MASK_TEXT} is filled")
-    g.add_argument("--out", help="write the samples to this JSONL file too")
-    g = p.add_argument_group("how")
-    g.add_argument("--nfe", type=int, help="decoding steps; default: one a token")
-    g.add_argument("--temperature", type=float, default=1.0)
-    g.add_argument("--top-p", type=float, default=1.0, help="nucleus")
-    g.add_argument("--no-sm", action="store_true", help="plain masks even with an SM checkpoint")
-    g.add_argument("--seed", type=int, default=0)
-    g = p.add_argument_group("machine")
-    g.add_argument("--batch-size", type=int, default=16)
-    g.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
-    g.add_argument("--dtype", default="auto", help="auto, float32 or bfloat16")
+    # fmt: off
+    add = p.add_argument_group("what").add_argument
+    add("--ckpt", default="out/ckpt.pt", help="a checkpoint, or its folder")
+    add("--num", type=int, default=1, help="samples")
+    add("--length", type=int, help="tokens of a sample; default: the network's length")
+    add("--prompt", default="", help="a prefix that stays")
+    add("--infill", default="", help=f"a text: each {MASK_TEXT} is filled")
+    add("--out", help="append the samples to this JSONL file as they come; what it holds is kept")
+    add("--trace", help="write what happened at every step and position to this JSONL file")
+    add("--seed", type=int, default=0)
+    add = p.add_argument_group("how").add_argument
+    add("--nfe", type=int, help="decoding steps; default: one a masked token")
+    add("--strategy", choices=ANCESTRAL + ORDERS, help="default: mdlm")
+    add("--preset", choices=("remdm-paper",),
+        help="nucleus 0.9; remdm-cap for fewer steps than tokens, else remdm-loop")
+    add("--temperature", type=float, help="default: 1; 0: the most likely token")
+    add("--top-p", type=float, help="nucleus; default: 1, all of the vocabulary")
+    add("--alg-temp", type=float, help="of maskgit_plus, topk_margin, entropy: order at random")
+    defaults = ", ".join(f"{name} {eta}" for name, eta in ETA.items())
+    add("--eta", type=float, help=f"of remasking; default: {defaults}")
+    add("--t-on", type=float, help="remdm-loop: its loop starts at this time; default: 0.55")
+    add("--t-off", type=float, help="and ends at this; default: 0.05")
+    add("--alpha-on", type=float, help="with this share of tokens drawn; default: 0.9")
+    add = p.add_argument_group("soft-masking").add_argument
+    add("--no-sm", action="store_true", help="plain masks even with a soft-masked checkpoint")
+    add("--sm-schedule", choices=("none", "linear", "step"), default="none",
+        help="soft-masking fades (appendix B.4)")
+    add("--sm-order", choices=("sm-binary", "binary-sm"), default="sm-binary", help="out, or in")
+    add("--sm-switch", type=float, default=0.5, help="the time t' of step")
+    add("--reuse-unchanged", action="store_true",
+        help="no new pass after a step in which no position changed, as the released sampler")
+    add = p.add_argument_group("machine").add_argument
+    add("--batch-size", type=int, default=16)
+    add("--device", default="auto", help="auto, cuda, mps or cpu")
+    add("--dtype", default="auto", help="auto, float32 or bfloat16")
+    # fmt: on
     return p
 
 

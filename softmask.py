@@ -80,6 +80,16 @@ class Feedback(NamedTuple):
     mixed: Tensor | None = None
 
 
+def join(parts: list[Feedback]) -> Feedback:
+    """The feedback of all the parts' positions, in their order."""
+    return Feedback(*(None if p[0] is None else torch.cat(p) for p in zip(*parts)))
+
+
+def pick(feedback: Feedback, which: Tensor) -> Feedback:
+    """The feedback of some of its N positions: `which` is indices, or bool (N,)."""
+    return Feedback(*(None if v is None else v[which] for v in feedback))
+
+
 def at_least_float32(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
@@ -169,6 +179,12 @@ class SoftMask(nn.Module):
         """Eq. 2: lambda = omega_s * sigmoid(omega_a * (-H(p) - omega_b)), in [0, omega_s]."""
         return self.omega_s * torch.sigmoid(self.omega_a * (neg_entropy - self.omega_b))
 
+    def reduce(self, z: Tensor, table: Tensor) -> Feedback:
+        """Logits (N, V) in at least float32 to the feedback of their predictions."""
+        if self.k is None:
+            return Feedback(None, None, *_mix_vocabulary(z, self.tau, table))
+        return Feedback(*_top_k_feedback(z, self.k))
+
     def feedback(self, model, rows: Tensor) -> Feedback:
         """Reduce the predictions of hidden rows (N, D) to what soft-masking needs of them.
 
@@ -177,18 +193,27 @@ class SoftMask(nn.Module):
         """
         if self.k is not None and self.k > model.vocab_size:
             raise ValueError(f"k = {self.k} is larger than the vocabulary of {model.vocab_size}")
+
+        def reduced(h: Tensor) -> Feedback:
+            with torch.no_grad():
+                z = at_least_float32(model.logits(h))  # (C, V)
+            return self.reduce(z, model.embedding)
+
         chunks = rows.detach().split(chunk_rows(model.vocab_size))
         if self.k is None:
-            parts = [
-                checkpoint(
-                    _mix_vocabulary, model, h, self.tau, model.embedding, use_reentrant=False
-                )
-                for h in chunks
-            ]
-            return Feedback(None, None, *(torch.cat(p) for p in zip(*parts, strict=True)))
+            return join([checkpoint(reduced, h, use_reentrant=False) for h in chunks])
         with torch.no_grad():
-            parts = [_top_k_feedback(model, h, self.k) for h in chunks]
-        return Feedback(*(torch.cat(p) for p in zip(*parts, strict=True)))
+            return join([reduced(h) for h in chunks])
+
+    def certain(self, tokens: Tensor, table: Tensor) -> Feedback:
+        """The feedback of positions that held `tokens` (N,) when the network ran: under SUBS they
+        predict themselves, with weight 1 and entropy 0. A remasked position gets this."""
+        zero = torch.zeros(len(tokens), device=table.device)
+        if self.k is None:
+            return Feedback(None, None, zero, F.embedding(tokens, table))
+        weights = zero[:, None].repeat(1, self.k)
+        weights[:, 0] = 1
+        return Feedback(tokens[:, None].repeat(1, self.k), weights, zero)
 
     def forward(
         self,
@@ -218,8 +243,7 @@ def _inverse_softplus(y: float) -> float:
     return y + math.log(-math.expm1(-y))
 
 
-def _top_k_feedback(model, rows: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
-    z = at_least_float32(model.logits(rows))  # (N, V)
+def _top_k_feedback(z: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
     p = z.softmax(-1)
     top, ids = top_k(z, k)
     pi = top.softmax(-1)  # p_i / sum of p over the top k
@@ -229,9 +253,7 @@ def _top_k_feedback(model, rows: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor
     return ids, pi, neg_entropy
 
 
-def _mix_vocabulary(model, rows: Tensor, tau: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
-    with torch.no_grad():
-        z = at_least_float32(model.logits(rows))  # (N, V)
+def _mix_vocabulary(z: Tensor, tau: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
     log_p = (z / tau).log_softmax(-1)
     p = log_p.exp()
     return (p * log_p).sum(-1), p.to(table.dtype) @ table

@@ -8,7 +8,6 @@ OUT receives `ckpt.pt`, `softmask.json` (the omegas) and `metrics.jsonl`.
 """
 
 import argparse
-import json
 import math
 import os
 import signal
@@ -23,14 +22,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from data import Corpus, decode, open_corpus, token_bytes, vocab_size
+from data import Corpus, decode, default_tokenizer, open_corpus, token_bytes, vocab_size
 from model import SIZES, DiT, DiTConfig
 from runtime import (
     ALONE,
+    Metrics,
     Parser,
     StopSignal,
     World,
-    atomic_write,
     autocast,
     generator,
     get_rng,
@@ -42,7 +41,7 @@ from runtime import (
     set_rng,
     writable_folder,
 )
-from sample import generate
+from sample import Strategy, generate
 from softmask import (
     SoftMask,
     antithetic_times,
@@ -280,10 +279,8 @@ def start_omegas(r: Run) -> None:
     """Start the omegas where the network stands (appendix A.2): LB is measured on 64 held-out
     sequences at training times."""
     blocks = r.corpus.blocks("val", r.args.block_size, 64)
-    g = generator(EVAL_SEED)
-    t = antithetic_times(torch.rand(len(blocks), generator=g), r.args.b_l, r.args.b_h)
-    noise = torch.rand(blocks.shape, generator=g)
-    blocks, t, noise = (v.to(r.device) for v in (blocks, t, noise))
+    drawn = draw_masks(blocks, generator(EVAL_SEED), r.args.b_l, r.args.b_h)
+    blocks, t, noise = (v.to(r.device) for v in (blocks, *drawn))
     r.model.eval()
     with autocast(r.device, r.dtype):
         r.softmask.start(r.args.omega_s, entropy_quantile(r.model, blocks, t, noise, 0.05))
@@ -293,6 +290,12 @@ def start_omegas(r: Run) -> None:
 
 
 # Algorithm 1
+
+
+def draw_masks(x0: Tensor, g: torch.Generator, b_l: float, b_h: float) -> tuple[Tensor, Tensor]:
+    """Times t (B,) in [b_l, b_h] and noise (B, L) in U(0, 1), from which `corrupt` masks x0."""
+    t = antithetic_times(torch.rand(len(x0), generator=g), b_l, b_h)
+    return t, torch.rand(x0.shape, generator=g)
 
 
 def learning_rate(step: int, steps: int, warmup: int, decay: float) -> float:
@@ -313,8 +316,7 @@ def training_step(r: Run) -> tuple[float, float]:
         start_omegas(r)
     n = a.global_batch
     x0 = r.corpus.batch(n, a.block_size, g)  # (n, L), line 2
-    t = antithetic_times(torch.rand(n, generator=g), a.b_l, a.b_h)  # (n,), line 3
-    noise = torch.rand(n, a.block_size, generator=g)
+    t, noise = draw_masks(x0, g, a.b_l, a.b_h)  # (n,) and (n, L), line 3
     u = torch.rand((), generator=g, dtype=torch.float64).item()
     soft = soft_sequences(u, n, a.p_sm if r.step >= a.sm_start else 0.0)  # (n,)
     loss = torch.zeros((), device=r.device)
@@ -360,15 +362,13 @@ def nelbo(
     g = generator(EVAL_SEED)
     sums, counts = [], []
     for i, x0 in enumerate(progress(blocks.split(EVAL_BATCH), desc="validating", leave=False)):
-        t = antithetic_times(torch.rand(len(x0), generator=g), B_L, B_H)
-        noise = torch.rand(x0.shape, generator=g)
-        soft = torch.ones(len(x0), dtype=torch.bool)
-        x0, t, noise, soft = (v.to(device) for v in (x0, t, noise, soft))
+        drawn = draw_masks(x0, g, B_L, B_H)
         counts.append(x0.numel())
         sums.append(0.0)
         if i % world.size == world.rank:
+            x0, t, noise = (v.to(device) for v in (x0, *drawn))
             with autocast(device, dtype):
-                sums[-1] = diffusion_loss(model, x0, t, noise, softmask, soft).item()
+                sums[-1] = diffusion_loss(model, x0, t, noise, softmask).item()
     sums = [sum(parts) for parts in zip(*world.gather(sums))]
     model.train(training)
     mean, n = sum(sums) / sum(counts), len(sums)
@@ -407,32 +407,6 @@ def table(scores: dict[str, float], blocks: Tensor, sizes: Tensor) -> str:
 
 
 # The loop
-
-
-class Metrics:
-    """metrics.jsonl, written by rank 0; a resumed run drops what its checkpoint has not seen."""
-
-    def __init__(self, path: Path, step: int, world: World):
-        self.path, self.file = path, None
-        if world.rank == 0:
-            lines = path.read_text().splitlines() if step and path.exists() else []
-            with atomic_write(path, "w") as f:
-                f.writelines(line + "\n" for line in lines if _step_of(line) <= step)
-            self.file = open(path, "a", buffering=1)  # a line at a time
-
-    def log(self, **entry) -> None:
-        if self.file is not None:
-            try:
-                self.file.write(json.dumps(entry) + "\n")
-            except OSError as error:
-                raise OSError(f"{self.path}: cannot be written ({error.strerror})") from None
-
-
-def _step_of(line: str) -> float:
-    try:
-        return json.loads(line)["step"]
-    except (ValueError, KeyError, TypeError):
-        return math.inf  # half a line of a run that was killed
 
 
 def main(args: argparse.Namespace) -> int:
@@ -528,9 +502,8 @@ def print_samples(r: Run) -> None:
     length, seeds = r.args.block_size, [r.args.seed, r.args.seed + 1]
     x = torch.full((2, length), r.model.mask_id, device=r.device)
     with r.ema.applied():
-        x, _ = generate(
-            r.model.eval(), x, length, r.softmask, top_p=0.9, seeds=seeds, dtype=r.dtype
-        )
+        how = Strategy(top_p=0.9)
+        x, _ = generate(r.model.eval(), x, length, r.softmask, how, seeds=seeds, dtype=r.dtype)
     for i, ids in enumerate(x.tolist()):
         print(f"--- sample {i}\n{decode(r.corpus.tokenizer, ids)}")
 
@@ -565,6 +538,7 @@ PRESETS = {  # section 4.1 and appendix A.1
         config="small", tokenizer="gpt2", steps=100_000, batch_size=32, global_batch=512, lr=3e-4,
         lr_sm=1e-2, warmup=2500, decay=0.0, clip=1.0, ema=0.9999, dropout=0.1, b_l=1e-3, b_h=1.0,
         k="3", p_sm=0.8, sm_start=0, omega_s=1e-6, eval_every=1000, save_every=1000, log_every=50,
+        data="openwebtext",
     )
 }  # fmt: skip
 
@@ -572,71 +546,57 @@ PRESETS = {  # section 4.1 and appendix A.1
 def parser() -> Parser:
     p = Parser(description="Train a masked diffusion language model, soft-masked or binary.")
     p.add_argument("--preset", choices=list(PRESETS), help="the paper's numbers as defaults")
-    g = p.add_argument_group("method")
-    g.add_argument("--sm", action="store_true", help="soft-masking, in two passes; else binary")
-    g.add_argument("--k", help="tokens fed back, default 3; V: all, with a trained temperature")
-    g.add_argument("--p-sm", type=float, default=0.8, help="share of sequences with a first pass")
-    g.add_argument(
-        "--sm-start",
-        type=int,
-        help="steps before the first passes begin; default: half of --steps, 0 with --init",
-    )
-    g.add_argument("--omega-s", type=float, default=1e-2, help="start of omega_s")
-    g.add_argument("--b-l", type=float, default=0.1, help="times are drawn from [b_l, b_h]")
-    g.add_argument("--b-h", type=float, default=B_H)
-    g = p.add_argument_group("run")
-    g.add_argument("--out", default="out", help="folder of the run")
-    g.add_argument("--init", help="start a new run from the weights of this checkpoint")
-    g.add_argument(
-        "--init-weights", choices=("raw", "ema"), default="raw", help="which of its weights"
-    )
-    g.add_argument("--resume", action="store_true", help="go on with the run in --out")
-    g.add_argument("--overwrite", action="store_true", help="start over where --out holds a run")
-    g.add_argument("--seed", type=int, default=1)
-    g = p.add_argument_group("text")
-    g.add_argument("--data", help="text, JSONL or folder; default: the standard library's source")
-    g.add_argument(
-        "--tokenizer", help="stdlib (default), gpt2 or bytes; with --init the checkpoint's"
-    )
-    g.add_argument("--cache", default="corpora", help="folder of tokenized corpora")
-    g.add_argument("--block-size", type=int, help="tokens of a sequence; default: the network's")
-    g = p.add_argument_group("network")
-    g.add_argument(
-        "--config", choices=list(SIZES), help="size; default cpu; with --init the checkpoint's"
-    )
-    g.add_argument("--dropout", type=float, default=0.0)
-    g.add_argument("--time-conditioning", action="store_true", help="tell the network sigma")
-    g = p.add_argument_group("optimiser")
-    g.add_argument("--steps", type=int, default=1800)
-    g.add_argument(
-        "--batch-size", type=int, default=16, help="sequences of a backward pass of a process"
-    )
-    g.add_argument("--grad-accum", type=int, default=1, help="backward passes of a step")
-    g.add_argument(
-        "--global-batch",
-        type=int,
-        help="sequences of a step; sets --grad-accum; default: those of all processes",
-    )
-    g.add_argument("--lr", type=float, default=1e-3, help="learning rate of the backbone")
-    g.add_argument("--lr-sm", type=float, default=1e-2, help="learning rate of the omegas")
-    g.add_argument("--warmup", type=int, default=100, help="steps of linear warm-up")
-    g.add_argument("--decay", type=float, default=0.5, help="last share of the steps, linear to 0")
-    g.add_argument("--clip", type=float, default=1.0, help="gradient norm")
-    g.add_argument("--ema", type=float, default=0.9999, help="decay of the weights' average")
-    g = p.add_argument_group("reports")
-    g.add_argument("--eval-every", type=int, default=600, help="steps between validations")
-    g.add_argument(
-        "--eval-batches", type=int, default=20, help=f"of {EVAL_BATCH} held-out sequences"
-    )
-    g.add_argument("--log-every", type=int, default=10, help="steps between lines of metrics")
-    g.add_argument("--save-every", type=int, default=300, help="steps between checkpoints")
-    g = p.add_argument_group("machine")
-    g.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
-    g.add_argument("--dtype", default="auto", help="auto, float32 or bfloat16")
-    g.add_argument(
-        "--checkpoint-activations", action="store_true", help="less memory, a third more time"
-    )
-    g.add_argument("--compile", action="store_true", help="torch.compile the network")
+    # fmt: off
+    add = p.add_argument_group("method").add_argument
+    add("--sm", action="store_true", help="soft-masking, in two passes; else binary")
+    add("--k", help="tokens fed back, default 3; V: all, with a trained temperature")
+    add("--p-sm", type=float, default=0.8, help="share of sequences with a first pass")
+    add("--sm-start", type=int,
+        help="steps before the first passes begin; default: half of --steps, 0 with --init")
+    add("--omega-s", type=float, default=1e-2, help="start of omega_s")
+    add("--b-l", type=float, default=0.1, help="times are drawn from [b_l, b_h]")
+    add("--b-h", type=float, default=B_H)
+    add = p.add_argument_group("run").add_argument
+    add("--out", default="out", help="folder of the run")
+    add("--init", help="start a new run from the weights of this checkpoint")
+    add("--init-weights", choices=("raw", "ema"), default="raw", help="which of its weights")
+    add("--resume", action="store_true", help="go on with the run in --out")
+    add("--overwrite", action="store_true", help="start over where --out holds a run")
+    add("--seed", type=int, default=1)
+    add = p.add_argument_group("text").add_argument
+    add("--data", help="openwebtext, or a text, JSONL or parquet file, or a folder of these; "
+        "default: the standard library's source")
+    add("--tokenizer", help="stdlib, gpt2 or bytes; default stdlib, for openwebtext gpt2, with "
+        "--init the checkpoint's")
+    add("--cache", default="corpora", help="folder of tokenized corpora")
+    add("--block-size", type=int, help="tokens of a sequence; default: the network's")
+    add = p.add_argument_group("network").add_argument
+    add("--config", choices=list(SIZES), help="size; default cpu; with --init the checkpoint's")
+    add("--dropout", type=float, default=0.0)
+    add("--time-conditioning", action="store_true", help="tell the network sigma")
+    add = p.add_argument_group("optimiser").add_argument
+    add("--steps", type=int, default=1800)
+    add("--batch-size", type=int, default=16, help="sequences of a process's backward pass")
+    add("--grad-accum", type=int, default=1, help="backward passes of a step")
+    add("--global-batch", type=int,
+        help="sequences of a step; sets --grad-accum; default: those of all processes")
+    add("--lr", type=float, default=1e-3, help="learning rate of the backbone")
+    add("--lr-sm", type=float, default=1e-2, help="learning rate of the omegas")
+    add("--warmup", type=int, default=100, help="steps of linear warm-up")
+    add("--decay", type=float, default=0.5, help="last share of the steps, linear to 0")
+    add("--clip", type=float, default=1.0, help="gradient norm")
+    add("--ema", type=float, default=0.9999, help="decay of the weights' average")
+    add = p.add_argument_group("reports").add_argument
+    add("--eval-every", type=int, default=600, help="steps between validations")
+    add("--eval-batches", type=int, default=20, help=f"of {EVAL_BATCH} held-out sequences")
+    add("--log-every", type=int, default=10, help="steps between lines of metrics")
+    add("--save-every", type=int, default=300, help="steps between checkpoints")
+    add = p.add_argument_group("machine").add_argument
+    add("--device", default="auto", help="auto, cuda, mps or cpu")
+    add("--dtype", default="auto", help="auto, float32 or bfloat16")
+    add("--checkpoint-activations", action="store_true", help="less memory, a third more time")
+    add("--compile", action="store_true", help="torch.compile the network")
+    # fmt: on
     return p
 
 
@@ -675,7 +635,10 @@ def parse(argv: list[str]) -> argparse.Namespace:
             raise ValueError(f"{flag}: for a network from scratch; drop it or --init")
         args.sm_start = 0
     else:
-        args.config, args.tokenizer = args.config or "cpu", args.tokenizer or "stdlib"
+        args.config, args.tokenizer = (
+            args.config or "cpu",
+            args.tokenizer or default_tokenizer(args.data),
+        )
         args.sm_start = args.steps // 2 if args.sm_start is None else args.sm_start
     check(args)
     return args
@@ -694,33 +657,21 @@ def saved_args(args: argparse.Namespace) -> dict:
 
 def check(args: argparse.Namespace) -> None:
     """ValueError that names the flag whose value cannot be."""
-    at_least_1 = (
-        "steps",
-        "batch_size",
-        "grad_accum",
-        "eval_every",
-        "eval_batches",
-        "log_every",
-        "save_every",
-    )
-    for name in (*at_least_1, "block_size"):
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            raise ValueError(f"{given(args, name)}: at least 1")
-    for name in ("p_sm", "dropout", "decay", "ema"):
-        if not 0 <= getattr(args, name) <= 1:
-            raise ValueError(f"{given(args, name)}: between 0 and 1")
-    if not 0 <= args.seed < 2**62:
-        raise ValueError(f"--seed {args.seed}: from 0 to 2^62")
+    counts = "steps batch_size grad_accum eval_every eval_batches log_every save_every block_size"
+    rules = [(counts, "at least 1", lambda v: v >= 1)]
+    rules += [("p_sm dropout decay ema", "between 0 and 1", lambda v: 0 <= v <= 1)]
+    rules += [("omega_s", "between 0 and 1, both excluded", lambda v: 0 < v < 1)]
+    rules += [("lr lr_sm clip", "above 0", lambda v: v > 0)]
+    rules += [("seed", "from 0 to 2^62", lambda v: 0 <= v < 2**62)]
+    for names, wanted, holds in rules:
+        for name in names.split():
+            value = getattr(args, name)
+            if value is not None and not holds(value):
+                raise ValueError(f"{given(args, name)}: {wanted}")
     if args.resume and args.overwrite:
         raise ValueError("--resume and --overwrite: one of them")
-    if not 0 < args.omega_s < 1:
-        raise ValueError(f"--omega-s {args.omega_s}: between 0 and 1, both excluded")
     if not 0 < args.b_l < args.b_h <= 1:
         raise ValueError(f"--b-l {args.b_l} --b-h {args.b_h}: need 0 < b_l < b_h <= 1")
-    for name in ("lr", "lr_sm", "clip"):
-        if not getattr(args, name) > 0:
-            raise ValueError(f"{given(args, name)}: above 0")
 
 
 if __name__ == "__main__":

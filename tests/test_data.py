@@ -245,3 +245,177 @@ def test_ids_beyond_the_vocabulary_name_the_damaged_folder(tmp_path):
     file.write_bytes(b"\xff" * file.stat().st_size)
     with pytest.raises(ValueError, match="damaged; delete it"):
         corpus.blocks("val", 40)
+
+
+# Large corpora: in pieces, in parallel, in several goes
+
+
+def write_mixture(folder, n=40):
+    """One file of each kind; returns the documents in the order in which they are read."""
+    folder.mkdir()
+    documents = {kind: [f"{kind} {i} ünï\n\n" * (i + 1) for i in range(n)] for kind in "bc"}
+    with open(folder / "b.jsonl", "w") as f:
+        f.writelines(json.dumps({"text": text}) + "\n" for text in documents["b"])
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    parquet.write_table(pyarrow.table({"text": documents["c"]}), folder / "c.parquet")
+    long = "".join(f"line {i} of ünï\n" + "\n \n" * (i % 3) for i in range(3000))
+    (folder / "a.txt").write_text(long)
+    return [long, *documents["b"], *documents["c"]]
+
+
+def textbook_blocks(documents, tokenizer, length, held_out):
+    """MDLM's blocks: every document and end-of-text, one after the other, cut, wrapped."""
+    eot, blocks = tokenizer.eot_token, []
+    for texts in (documents[:-held_out], documents[-held_out:]):
+        stream = [i for text in texts for i in [*tokenizer.encode_ordinary(text), eot]]
+        cuts = [stream[i : i + length - 2] for i in range(0, len(stream), length - 2)]
+        blocks.append(torch.tensor([[eot, *c, eot] for c in cuts if len(c) == length - 2]))
+    return blocks
+
+
+@pytest.fixture
+def small_pieces(monkeypatch):
+    monkeypatch.setattr(data, "PIECE", 1000)
+    monkeypatch.setattr(data, "SAVE_SECONDS", 0)
+
+
+def test_wrapped_blocks_are_the_textbooks_whatever_the_form_of_the_files(tmp_path, small_pieces):
+    documents = write_mixture(tmp_path / "texts")
+    spec = data.tokenizer_spec(data.learn_bpe(["line 1 of ünï\n\n \n"] * 9, entries=300))
+    where = (str(tmp_path / "texts"), spec, str(tmp_path / "cache"))
+    corpus = data.open_corpus(*where, blocks="wrapped", split=7)
+    want = textbook_blocks(documents, corpus.tokenizer, 32, held_out=7)
+    for split, blocks in zip(("train", "val"), want):
+        assert torch.equal(corpus.blocks(split, 32), blocks)
+    assert corpus.meta["bytes"]["val"] == sum(len(text.encode()) for text in documents[-7:])
+    rows = corpus.batch(200, 32, generator(0))
+    assert all((want[0] == row).all(-1).any() for row in rows)
+    assert len(rows.unique(dim=0)) > 100
+    assert data.open_corpus(*where).meta == corpus.meta, "a corpus is taken in the form it has"
+    assert data.open_corpus(*where, blocks="windows").meta["blocks"] == "windows"
+
+
+@pytest.mark.parametrize("form", [{}, {"blocks": "wrapped", "split": 7}])
+def test_a_build_that_stops_at_any_place_goes_on_from_there(
+    tmp_path, small_pieces, monkeypatch, form
+):
+    write_mixture(tmp_path / "texts")
+    cache = str(tmp_path / "cache")
+    whole = data.open_corpus(str(tmp_path / "texts"), "bytes", str(tmp_path / "other"), **form)
+    encode, calls = data.encode_array, []
+    stops = iter([3, 1, 20, 7, 40, 2])
+    left = [next(stops)]
+
+    def failing(tokenizer, text):
+        calls.append(text)
+        left[0] -= 1
+        if left[0] == 0:
+            raise KeyboardInterrupt
+        return encode(tokenizer, text)
+
+    monkeypatch.setattr(data, "encode_array", failing)
+    for again in stops:
+        with pytest.raises(KeyboardInterrupt):
+            data.open_corpus(str(tmp_path / "texts"), "bytes", cache, **form)
+        left[0] = again
+    left[0] = -1
+    corpus = data.open_corpus(str(tmp_path / "texts"), "bytes", cache, **form)
+    for split in ("train", "val"):
+        assert np.array_equal(corpus.streams[split], whole.streams[split])
+    assert corpus.meta == whole.meta
+    twice = len(calls) - len(set(calls))
+    assert twice < 40, "what was saved is not tokenized again"
+    assert not (corpus.folder / "progress.json").exists()
+
+
+def test_openwebtext_streams_through_datasets_and_goes_on_where_it_was_killed(
+    tmp_path_factory, small_pieces, monkeypatch
+):
+    tmp_path = tmp_path_factory.mktemp("web")  # datasets would take "test" in a path for a split
+    pytest.importorskip("datasets")
+    import pyarrow
+    from pyarrow import parquet
+
+    documents = [f"document {i} of the web " * (i % 17 + 1) for i in range(300)]
+    for i in range(3):
+        table = pyarrow.table({"text": documents[100 * i : 100 * (i + 1)], "id": [i] * 100})
+        parquet.write_table(table, tmp_path / f"train-0000{i}.parquet", row_group_size=30)
+    monkeypatch.setattr(data, "OPENWEBTEXT", str(tmp_path))
+    monkeypatch.setattr(data, "HELD_OUT_OPENWEBTEXT", 50)
+    monkeypatch.chdir(tmp_path_factory.mktemp("elsewhere"))
+    encode, left = data.encode_array, [170]
+
+    def failing(tokenizer, text):
+        left[0] -= 1
+        if left[0] == 0:
+            raise KeyboardInterrupt
+        return encode(tokenizer, text)
+
+    monkeypatch.setattr(data, "encode_array", failing)
+    with pytest.raises(KeyboardInterrupt):
+        data.open_corpus("openwebtext", "bytes")
+    corpus = data.open_corpus("openwebtext", "bytes")
+    assert -170 < left[0] < -100, "about half of the documents were left"
+    want = textbook_blocks(documents, corpus.tokenizer, 64, held_out=50)
+    for split, blocks in zip(("train", "val"), want):
+        assert torch.equal(corpus.blocks(split, 64), blocks)
+    monkeypatch.setattr(data, "_hub_stream", None)
+    assert data.open_corpus("openwebtext", "bytes").meta == corpus.meta, (
+        "no network once it is there"
+    )
+
+
+def test_long_files_are_cut_where_tokens_are_not(tmp_path, small_pieces):
+    text = "".join(f"x{i}\n\n\u2003 y\n" + "é" * (i % 50) + "\n" for i in range(500))
+    text += "z" * 30_000 + "\n"  # a line longer than any piece
+    (tmp_path / "a.txt").write_text(text)
+    pieces = list(data._read_text(tmp_path / "a.txt", 0, len(text.encode())))
+    assert "".join(p for p, _ in pieces) == text and len(pieces) > 10
+    assert [last for _, last in pieces] == [False] * (len(pieces) - 1) + [True]
+    assert max(len(p) for p, _ in pieces) < 10_000
+    try:
+        tokenizer = data.gpt2_tokenizer()
+    except ValueError:
+        tokenizer = data.learn_bpe([text], entries=400)
+    short = text[: text.index("zz")]
+    cut = [p for p, _ in pieces if "zz" not in p]
+    ids = [i for p in cut for i in data.encode(tokenizer, p)]
+    assert ids == tokenizer.encode_ordinary(short)[: len(ids)]
+
+
+def test_too_few_documents_to_hold_out_are_counted(tmp_path):
+    (tmp_path / "d.jsonl").write_text('{"text": "one"}\n{"text": "two"}\n')
+    for n in (2, 3):
+        with pytest.raises(ValueError, match="hold out fewer"):
+            data.open_corpus(str(tmp_path / "d.jsonl"), "bytes", str(tmp_path / "c"), split=n)
+    corpus = data.open_corpus(str(tmp_path / "d.jsonl"), "bytes", str(tmp_path / "c"), split=1)
+    assert data.decode(corpus.tokenizer, corpus.streams["val"]) == "two<|endoftext|>"
+
+
+@pytest.mark.parametrize("damage", ["truncated", "no text column", "numbers"])
+def test_unusable_parquet_is_named(tmp_path, damage):
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    file = tmp_path / "d.parquet"
+    column = {"no text column": {"body": ["x"]}, "numbers": {"text": [1, 2]}}
+    parquet.write_table(pyarrow.table(column.get(damage, {"text": ["x"] * 99})), file)
+    if damage == "truncated":
+        os.truncate(file, 60)
+    with pytest.raises(ValueError, match=r"d\.parquet"):
+        data.open_corpus(str(file), "bytes", str(tmp_path / "cache"))
+
+
+def test_full_disk_keeps_what_was_tokenized(tmp_path, monkeypatch):
+    file = tmp_path / "d.jsonl"
+    file.write_text('{"text": "one"}\n' * 100)
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(data.os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        data.open_corpus(str(file), "bytes", str(tmp_path / "cache"))
+    assert not list((tmp_path / "cache").rglob("meta.json"))

@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -120,17 +121,35 @@ def logged(folder, steps):
     return lambda: file.exists() and file.read_text().count('"loss"') >= steps
 
 
-@pytest.mark.parametrize("victim", [0, 1])
+@pytest.fixture(scope="module")
+def long(text, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("long")
+    finish(job(2, text, folder, *LONG))
+    return losses(folder)
+
+
+LONG = "--steps 100 --save-every 7 --eval-every 50".split()
+
+
+@pytest.mark.parametrize("trial", range(int(os.environ.get("KILL_TRIALS", "2"))))
 def test_a_killed_rank_ends_the_job_and_resuming_ends_as_if_undisturbed(
-    one, text, tmp_path, victim
+    long, text, tmp_path, trial
 ):
-    process = job(2, text, tmp_path, "--steps", "100000", "--eval-every", "100000")
-    wait_for(logged(tmp_path, 7), process)
-    os.kill(ranks_of(process)[victim], signal.SIGKILL)
+    chance = random.Random(trial)
+    process = job(2, text, tmp_path, *LONG)
+    wait_for(logged(tmp_path, chance.randrange(8, 60)), process)
+    time.sleep(chance.random() * 0.05)
+    os.kill(ranks_of(process)[trial % 2], signal.SIGKILL)
     process.communicate(timeout=120)
     assert process.returncode != 0
-    state = weights.load_checkpoint(str(tmp_path), "--ckpt")
-    assert state["step"] >= 5 and state["step"] % 5 == 0
+    checkpoints = list(tmp_path.glob("*.pt*"))
+    assert checkpoints
+    for file in checkpoints:
+        state = weights.load_checkpoint(str(file), "--ckpt")
+        assert state["step"] >= 7 and state["step"] % 7 == 0
+    finish(job(2, text, tmp_path, "--resume", given=[]))
+    assert losses(tmp_path)[: state["step"]] == long[: state["step"]]
+    assert losses(tmp_path) == pytest.approx(long, rel=1e-6)
 
 
 def test_torchrun_restarts_go_on_from_the_last_save(one, text, tmp_path):

@@ -61,7 +61,9 @@ def chi_square(counts, expected):
 def draw(model, length, n, nfe, first_seed=0, **options):
     x = torch.full((n, length), model.mask_id)
     seeds = list(range(first_seed, first_seed + n))
-    return sample.generate(model, x, nfe, seeds=seeds, **options)[0]
+    softmask, on_step = options.pop("softmask", None), options.pop("on_step", None)
+    how = sample.Strategy(**options)
+    return sample.generate(model, x, nfe, softmask, how, seeds=seeds, on_step=on_step)[0]
 
 
 @pytest.mark.parametrize("softmask", [None, SoftMask(2)])
@@ -135,7 +137,7 @@ def test_given_positions_stay_and_masks_are_filled(network, softmask, nfe):
     x = torch.randint(59, (4, 20), generator=g)
     hidden = torch.rand(x.shape, generator=g) < torch.tensor([0.0, 0.2, 0.7, 1.0])[:, None]
     start = torch.where(hidden, network.mask_id, x)
-    out, _ = sample.generate(network, start, nfe, softmask, top_p=0.9)
+    out, _ = sample.generate(network, start, nfe, softmask, sample.Strategy(top_p=0.9))
     assert torch.equal(out[~hidden], x[~hidden]) and not (out == network.mask_id).any()
     assert torch.equal(start[hidden], torch.full_like(start[hidden], network.mask_id))
 
@@ -155,7 +157,7 @@ def test_soft_masking_with_lambda_zero_is_the_binary_sampler(network):
     softmask.set_omegas(0.9, 1.0, -20.0)  # omega_b far below every -H: lambda = omega_s
     softmask.raw_s.data.fill_(-math.inf)
     x = torch.full((3, 16), network.mask_id)
-    options = {"nfe": 8, "seeds": [1, 2, 3], "top_p": 0.9}
+    options = {"nfe": 8, "seeds": [1, 2, 3], "how": sample.Strategy(top_p=0.9)}
     plain, _ = sample.generate(network, x, **options)
     assert torch.equal(plain, sample.generate(network, x, softmask=softmask, **options)[0])
     softmask.raw_s.data.fill_(5.0)
@@ -164,32 +166,67 @@ def test_soft_masking_with_lambda_zero_is_the_binary_sampler(network):
 
 def test_temperature_zero_draws_the_most_likely_token(network):
     x = torch.full((1, 16), network.mask_id)
-    a, b = (sample.generate(network, x, 1, temperature=0, seeds=[s])[0] for s in (1, 2))
+    greedy = sample.Strategy(temperature=0)
+    a, b = (sample.generate(network, x, 1, how=greedy, seeds=[s])[0] for s in (1, 2))
     z = network.logits(network.hidden(network.embed(x))[0])
     assert torch.equal(a, b) and torch.equal(a[0], z.argmax(-1))
 
 
-def test_nucleus_keeps_tokens_while_the_cumulative_probability_is_at_most_p():
+def kept(p, top_p, crossing):
+    """The nucleus as a set of ids a row."""
+    ids, q = sample.nucleus(p, top_p, crossing)
+    assert torch.allclose(q.sum(-1), torch.ones(len(p), dtype=p.dtype))
+    mass = torch.where(q > 0, p.gather(1, ids), 0.0)
+    assert torch.allclose(q, mass / mass.sum(-1, keepdim=True))
+    return [set(row[w > 0].tolist()) for row, w in zip(ids, q)]
+
+
+def test_mdlm_nucleus_keeps_tokens_while_the_cumulative_probability_is_at_most_p():
     p = torch.tensor([[0.1, 0.5, 0.15, 0.25]], dtype=torch.float64)
-    kept = lambda top_p: (sample.nucleus(p, top_p) > 0)[0].tolist()  # noqa: E731
-    assert kept(0.4) == [False, True, False, False]  # the first always stays
-    assert kept(0.75) == [False, True, False, True]
-    assert kept(0.8) == [False, True, False, True]  # the crossing token is out
-    assert kept(0.95) == [False, True, True, True]
-    assert kept(1.0) == [True] * 4
+    assert kept(p, 0.4, False) == [{1}]  # the first always stays
+    assert kept(p, 0.75, False) == [{1, 3}]
+    assert kept(p, 0.8, False) == [{1, 3}]  # the crossing token is out
+    assert kept(p, 0.95, False) == [{1, 2, 3}]
+
+
+def test_dream_nucleus_is_the_smallest_set_that_reaches_p():
+    p = torch.tensor([[0.1, 0.5, 0.15, 0.25]], dtype=torch.float64)
+    assert kept(p, 0.4, True) == [{1}]
+    assert kept(p, 0.75, True) == [{1, 3}]
+    assert kept(p, 0.8, True) == [{1, 2, 3}]  # the crossing token is in
+    assert kept(p, 0.95, True) == [{0, 1, 2, 3}]
+
+
+@pytest.mark.parametrize("crossing", [False, True])
+@pytest.mark.parametrize("sharpness", [0.1, 1.0, 8.0])
+def test_nucleus_of_large_vocabularies_is_that_of_a_full_sort(crossing, sharpness):
+    p = (torch.randn(20, 9000, dtype=torch.float64) * sharpness).softmax(-1)
+    for top_p in (0.05, 0.5, 0.9, 0.999):
+        for row, found in zip(p, kept(p, top_p, crossing)):
+            total, want = 0.0, set()
+            for i in row.argsort(descending=True).tolist():
+                if want and (total >= top_p if crossing else total + row[i] > top_p):
+                    break
+                want.add(i)
+                total += row[i].item()
+            assert found == want
 
 
 def test_gumbel_draws_follow_the_nucleus_law():
-    z = torch.tensor([[2.0, 1.0, 0.5, -1.0]]).expand(20000, 4)
-    g = torch.Generator().manual_seed(0)
-    u = torch.rand(z.shape, generator=g, dtype=torch.float64)
-    counts = torch.bincount(sample.draw_tokens(z, 0.7, 0.95, u), minlength=4)
-    p = (z[0].double() / 0.7).softmax(0)
-    kept = p * (p.cumsum(0) <= 0.95)  # p is in descending order
-    assert counts[kept == 0].sum() == 0
-    expected = (20000 * kept / kept.sum())[kept > 0].tolist()
-    statistic, limit = chi_square(counts[kept > 0].tolist(), expected)
-    assert statistic < limit
+    z = torch.tensor([[2.0, 1.0, 0.5, -1.0, 3.0]], dtype=torch.float64).expand(20000, 5)
+    p = (z[0, :4] / 0.7).softmax(0)  # the last is the mask
+    for name, top_p in (("mdlm", 0.95), ("origin", 0.95), ("mdlm", 1.0)):
+        how = sample.Strategy(name, temperature=0.7, top_p=top_p)
+        g = [torch.Generator().manual_seed(i) for i in range(20000)]
+        tokens, prob = sample.draw(*sample.candidates(z, 4, how), 0.7, g)
+        before = p.cumsum(0) - p  # p is in descending order
+        inside = before < top_p if name == "origin" else p.cumsum(0) <= top_p + 1e-9
+        law = torch.where(inside, p, 0.0) / p[inside].sum()
+        assert torch.allclose(prob, law[tokens])
+        counts = torch.bincount(tokens, minlength=4)
+        assert len(counts) == 4 and counts[~inside].sum() == 0
+        statistic, limit = chi_square(counts[inside].tolist(), (20000 * law[inside]).tolist())
+        assert statistic < limit
 
 
 def test_template_of_prompt_and_infill():
