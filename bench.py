@@ -1,21 +1,26 @@
 """Speed and memory, each beside the textbook version (tests/reference.py), in one run.
 
     python bench.py step          # a training step of the 169M network: SM, binary, textbook
+    python bench.py decode        # a decoding step of it, half of the positions masked
+    python bench.py memory        # the peak memory of both
 
 Ratios and medians: the sides of a ratio take turns, so that a noisy machine is noisy for both.
 """
 
 import argparse
+import contextlib
 import statistics
 import subprocess
 import sys
 import time
+from itertools import pairwise
 
 import torch
 from torch import nn
 
 from model import SIZES, DiT, DiTConfig
 from runtime import Parser, autocast, generator, pick_device, pick_dtype, progress, run
+from sample import Strategy, generate
 from softmask import SoftMask, antithetic_times, diffusion_loss, soft_sequences
 from tests import reference
 
@@ -134,39 +139,124 @@ def bench_step(args: argparse.Namespace) -> None:
     )
 
 
+class Decode:
+    """A step in the middle of a decoding: half of the positions masked, nucleus 0.9."""
+
+    nfe = 64  # from the first step's times on as many positions open as half-way through 128
+
+    def __init__(self, args: argparse.Namespace, device: torch.device, dtype: torch.dtype):
+        self.step = Step(args, device, dtype)
+        self.model = self.step.model.eval()
+        self.dtype, self.device = dtype, device
+        s = self.step.softmask
+        self.omegas = reference.Omegas(s.omega_s, s.omega_a, s.omega_b)
+
+    def half_masked(self, n: int, length: int) -> torch.Tensor:
+        g, m = generator(0), self.model.mask_id
+        x = torch.randint(m, (n, length), generator=g)
+        return torch.where(torch.rand(n, length, generator=g) < 0.5, m, x).to(self.device)
+
+    @torch.no_grad()
+    def backbone(self, x: torch.Tensor) -> None:
+        with autocast(self.device, self.dtype):
+            self.model.hidden(self.model.embed(x), None)
+
+    @torch.no_grad()
+    def __call__(self, kind: str, x: torch.Tensor, steps: int) -> list[float]:
+        """Seconds of each of so many steps after a first one; kind is "sm", "binary", "textbook"
+        (binary) or "textbook-sm"."""
+        marks = []
+
+        def mark(*_) -> None:
+            if self.device.type == "cuda":
+                torch.cuda.synchronize()
+            marks.append(time.perf_counter())
+            if len(marks) > steps:
+                raise StopIteration
+
+        with contextlib.suppress(StopIteration):
+            if not kind.startswith("textbook"):
+                softmask = self.step.softmask if kind == "sm" else None
+                how = Strategy("mdlm", top_p=0.9)
+                generate(self.model, x, self.nfe, softmask, how, dtype=self.dtype, on_step=mark)
+            times, p = Strategy("mdlm").times(self.nfe), None
+            omegas = self.omegas if kind == "textbook-sm" else None
+            for t, s in pairwise(times):
+                with autocast(self.device, self.dtype):
+                    x, p = reference.ancestral_step(self.model, x, t, s, 0.9, p, omegas)
+                mark()
+        return [b - a for a, b in pairwise(marks)]
+
+
+DECODERS = ("sm", "binary", "textbook-sm", "textbook")
+
+
+def bench_decode(args: argparse.Namespace) -> None:
+    device = pick_device(args.device)
+    decode = Decode(args, device, pick_dtype(args.dtype, device))
+    x = decode.half_masked(args.batch_size, args.length or decode.model.config.block_size)
+    if args.repeats < 1:
+        raise ValueError(f"--repeats {args.repeats}: at least 1")
+    times = {kind: [] for kind in ("backbone", *DECODERS)}
+    timed(device, lambda: decode.backbone(x))
+    for _ in progress(range(args.repeats), desc="rounds"):
+        times["backbone"].append(timed(device, lambda: decode.backbone(x)))
+        for kind in DECODERS:
+            times[kind] += decode(kind, x, 2 if kind.startswith("textbook") else 4)
+    median = {kind: statistics.median(values) for kind, values in times.items()}
+    counts = ", ".join(f"{len(times[kind])} {kind}" for kind in times)
+    print(
+        f"{args.config}: batch {args.batch_size}, {int((x == decode.model.mask_id).sum())} masked "
+        f"of {x.numel()}, {device.type} {str(decode.dtype).removeprefix('torch.')}, medians of "
+        f"{counts}"
+    )
+    base = median["backbone"]
+    print(f"{'backbone':12}{base:9.3f} s")
+    for kind in DECODERS:
+        other = "textbook-sm" if kind in ("sm", "textbook-sm") else "textbook"
+        total, outside = median[kind], median[kind] - base
+        print(
+            f"{kind:12}{total:9.3f} s a step, {median['textbook'] / total:5.1f} times as fast as "
+            f"the plain textbook step, {median[other] / total:5.1f} as {other}; outside the "
+            f"backbone {outside:.3f} s, 1/{(median['textbook'] - base) / max(outside, 1e-9):.1f}"
+        )
+
+
 def bench_memory(args: argparse.Namespace) -> None:
-    """Peak memory of a step above weights, gradients, optimiser and EMA; a process each."""
-    peaks = {}
-    for kind in ("sm", "binary", "textbook"):
-        flags = [
-            "--config",
-            args.config,
-            "--batch-size",
-            str(args.batch_size),
-            "--dtype",
-            args.dtype,
-        ]
-        flags += ["--device", args.device, "--vocab", str(args.vocab)]
-        flags += ["--length", str(args.length)] if args.length else []
-        flags += ["--checkpoint-activations"] * args.checkpoint_activations
-        command = [sys.executable, __file__, "peak", *flags, "--kind", kind]
-        result = subprocess.run(command, capture_output=True, text=True)
-        if result.returncode:
-            raise ValueError(f"{kind}: {result.stderr.strip() or 'killed'}")
-        peaks[kind] = float(result.stdout)
-    for kind, peak in peaks.items():
-        print(f"{kind:10}{peak:9.2f} GiB{peak / peaks['textbook']:9.2f} x textbook")
+    """Peak memory of a training and a decoding step above what is held before; a process each."""
+    for what, kinds in (("step", ("sm", "binary", "textbook")), ("decode", DECODERS)):
+        peaks = {}
+        for kind in kinds:
+            flags = ["--config", args.config, "--batch-size", str(args.batch_size)]
+            flags += ["--device", args.device, "--dtype", args.dtype, "--vocab", str(args.vocab)]
+            flags += ["--length", str(args.length)] if args.length else []
+            flags += ["--checkpoint-activations"] * args.checkpoint_activations
+            command = [sys.executable, __file__, "peak", *flags, "--what", what, "--kind", kind]
+            result = subprocess.run(command, capture_output=True, text=True)
+            if result.returncode:
+                raise ValueError(f"{kind}: {result.stderr.strip() or 'killed'}")
+            peaks[kind] = float(result.stdout)
+        for kind, peak in peaks.items():
+            print(f"{what:7}{kind:12}{peak:9.2f} GiB{peak / peaks['textbook']:9.2f} x textbook")
 
 
 def print_peak(args: argparse.Namespace) -> None:
     device = pick_device(args.device)
-    step = Step(args, device, pick_dtype(args.dtype, device))
-    length = args.length or step.model.config.block_size
-    step(args.kind, *step.batch(1, 8))  # the optimiser's state comes to be
-    for p in step.parameters:
-        p.grad = torch.zeros_like(p)
-    before = memory(device, reset=True)
-    step(args.kind, *step.batch(args.batch_size, length))
+    dtype = pick_dtype(args.dtype, device)
+    if args.what == "decode":
+        decode = Decode(args, device, dtype)
+        length = args.length or decode.model.config.block_size
+        decode(args.kind, decode.half_masked(1, 8), 1)
+        before = memory(device, reset=True)
+        decode(args.kind, decode.half_masked(args.batch_size, length), 1)
+    else:
+        step = Step(args, device, dtype)
+        length = args.length or step.model.config.block_size
+        step(args.kind, *step.batch(1, 8))  # the optimiser's state comes to be
+        for p in step.parameters:
+            p.grad = torch.zeros_like(p)
+        before = memory(device, reset=True)
+        step(args.kind, *step.batch(args.batch_size, length))
     print((memory(device) - before) / 2**30)
 
 
@@ -190,23 +280,25 @@ def parser() -> Parser:
     commands = p.add_subparsers(required=True, metavar="what")
     for name, main, about in (
         ("step", bench_step, "seconds of a training step"),
-        ("memory", bench_memory, "peak memory of a training step"),
+        ("decode", bench_decode, "seconds of a decoding step"),
+        ("memory", bench_memory, "peak memory of both"),
         ("peak", print_peak, "peak memory of one kind of step, a number"),
     ):
         c = commands.add_parser(name, help=about)
         c.set_defaults(main=main)
         c.add_argument("--config", choices=list(SIZES), default="small")
         c.add_argument("--vocab", type=int, default=GPT2_VOCABULARY, help="the mask included")
-        default = 5 if name == "step" else 4
+        default = {"step": 5, "decode": 1}.get(name, 4)
         c.add_argument("--batch-size", type=int, default=default, help="sequences")
         c.add_argument("--length", type=int, help="tokens a sequence; default: the network's")
         c.add_argument("--checkpoint-activations", action="store_true", help="as in train.py")
         c.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
         c.add_argument("--dtype", default="auto", help="auto, float32 or bfloat16")
-        if name == "step":
+        if name in ("step", "decode"):
             c.add_argument("--repeats", type=int, default=5)
         if name == "peak":
-            c.add_argument("--kind", choices=("sm", "binary", "textbook"), default="sm")
+            c.add_argument("--what", choices=("step", "decode"), default="step")
+            c.add_argument("--kind", choices=DECODERS, default="sm")
     return p
 
 

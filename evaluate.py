@@ -2,16 +2,25 @@
 
     python evaluate.py ppl --ckpt out/ckpt.pt                   # the held-out part of its corpus
     python evaluate.py ppl --ckpt out/ckpt.pt --data book.txt --passes 1
+    python evaluate.py gen --ckpt out/ckpt.pt samples.jsonl     # what sample.py --out wrote
 
 `ppl`: the NELBO, an upper bound on the negative log-likelihood (section 2.1), in nats a token, as
 perplexity and as bits per byte, with EMA weights. A soft-masked model takes two passes.
+
+`gen`: how far samples are from held-out text, as the Jensen-Shannon divergence of their n-grams,
+which neither repetition nor dull text makes small, and their unigram entropy.
 """
 
 import argparse
+import ast
+import json
+import textwrap
+import warnings
 
+import numpy as np
 import torch
 
-from data import open_corpus, token_bytes
+from data import decode, open_corpus, token_bytes
 from runtime import Parser, pick_device, pick_dtype, run
 from train import EVAL_BATCH, bits_per_byte, nelbo, perplexity
 from weights import build_model, build_softmask, load_checkpoint
@@ -61,6 +70,90 @@ def ppl(args: argparse.Namespace) -> None:
     print(f"{passes:>6}{''.join(shown)}")
 
 
+def ngrams(ids: np.ndarray, n: int, vocab_size: int) -> tuple[np.ndarray, np.ndarray]:
+    """The distinct n-grams within the rows of ids (N, L), each as one number, and their shares."""
+    if vocab_size**n >= 2**63:
+        raise ValueError(f"{n}-grams of {vocab_size} ids do not fit in a number")
+    windows = np.lib.stride_tricks.sliding_window_view(ids.astype(np.int64), n, axis=1)
+    numbers = windows @ vocab_size ** np.arange(n)
+    values, counts = np.unique(numbers, return_counts=True)
+    return values, counts / counts.sum()
+
+
+def divergence(a: np.ndarray, b: np.ndarray, n: int, vocab_size: int) -> float:
+    """Jensen-Shannon divergence, in bits from 0 to 1, of the n-grams of two sets of ids (N, L).
+
+    Few samples alone make it large: compare sets of one size only.
+    """
+    (va, pa), (vb, pb) = (ngrams(ids, n, vocab_size) for ids in (a, b))
+    both = np.union1d(va, vb)
+    p, q = np.zeros(len(both)), np.zeros(len(both))
+    p[np.searchsorted(both, va)], q[np.searchsorted(both, vb)] = pa, pb
+    mean = (p + q) / 2
+
+    def kl(x: np.ndarray) -> float:
+        there = x > 0
+        return float((x[there] * np.log2(x[there] / mean[there])).sum())
+
+    return (kl(p) + kl(q)) / 2
+
+
+def unigram_entropy(ids: np.ndarray) -> float:
+    """Entropy in nats of the tokens within a sample (N, L), the mean over samples."""
+    shares = [np.unique(row, return_counts=True)[1] / len(row) for row in ids]
+    return float(np.mean([-(p * np.log(p)).sum() for p in shares]))
+
+
+def code_that_parses(text: str) -> bool:
+    """Whether the whole lines of a piece of a file, shifted left together, are Python."""
+    lines = text.split("\n")[1:-1]
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            ast.parse(textwrap.dedent("\n".join(lines)))
+    except (SyntaxError, ValueError, MemoryError, RecursionError):
+        return False
+    return any(line.strip() for line in lines)
+
+
+def read_samples(path: str, size: int) -> np.ndarray:
+    """The ids (N, L) of a JSONL file of sample.py's; ValueError that names a line that is none."""
+    rows = []
+    with open(path) as f:
+        for i, line in enumerate(f, start=1):
+            try:
+                ids = json.loads(line)["ids"]
+                good = all(type(v) is int and 0 <= v < size for v in ids)
+            except (ValueError, KeyError, TypeError):
+                good = False
+            if not good or (rows and len(ids) != len(rows[0])) or len(ids) < 3:
+                what = f"3 or more ids below {size}, as many as in the first line"
+                raise ValueError(f'{path}:{i}: no sample of sample.py\'s: "ids" with {what}')
+            rows.append(ids)
+    if not rows:
+        raise ValueError(f"{path}: no samples in it")
+    return np.array(rows)
+
+
+def gen(args: argparse.Namespace) -> None:
+    state = load_checkpoint(args.ckpt, "--ckpt")
+    corpus = open_corpus(args.data or state["args"]["data"], state["tokenizer"], args.cache)
+    size = corpus.tokenizer.n_vocab + 1
+    sets = {path: read_samples(path, size) for path in args.samples}
+    n, length = next(iter(sets.values())).shape
+    real = corpus.blocks("val", length).numpy()
+    if not len(real):
+        corpus.need("val", length)
+    few = corpus.blocks("train", length, n).numpy()
+    head = f"{'2-grams':>8}{'3-grams':>9}{'entropy':>9}{'parse':>8}{'samples':>9}"
+    print(f"{head}  of {length} tokens; divergences in bits, entropy in nats")
+    for path, ids in {**sets, "(training text)": few, "(held-out text)": real}.items():
+        pair = [divergence(ids, real, k, size) for k in (2, 3)]
+        parse = np.mean([code_that_parses(decode(corpus.tokenizer, row)) for row in ids[:1000]])
+        cells = f"{pair[0]:8.4f}{pair[1]:9.4f}{unigram_entropy(ids):9.3f}{parse:8.3f}"
+        print(f"{cells}{len(ids):9}  {path}")
+
+
 def parser() -> Parser:
     p = Parser(description="Evaluate a model.")
     commands = p.add_subparsers(required=True, metavar="what")
@@ -81,6 +174,12 @@ def parser() -> Parser:
     c.add_argument("--cache", default="corpora", help="folder of tokenized corpora")
     c.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
     c.add_argument("--dtype", default="auto", help="auto, float32 or bfloat16")
+    c = commands.add_parser("gen", help="samples beside held-out text")
+    c.set_defaults(main=gen)
+    c.add_argument("samples", nargs="+", help="files of sample.py --out")
+    c.add_argument("--ckpt", default="out/ckpt.pt", help="whose tokenizer and corpus to take")
+    c.add_argument("--data", help="text, JSONL or folder; default: the corpus of the checkpoint")
+    c.add_argument("--cache", default="corpora", help="folder of tokenized corpora")
     return p
 
 

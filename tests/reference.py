@@ -174,3 +174,45 @@ def nelbo_sum(p: Tensor, x0: Tensor, xt: Tensor, t: Tensor, mask_id: int) -> Ten
     likelihood = (F.one_hot(x0, p.shape[-1]) * p).sum(-1)  # x_0^T p (B, L)
     is_mask = (xt == mask_id).float()  # 1[x_t = m]
     return (is_mask * -torch.log(likelihood) / t[:, None]).sum()  # line 8
+
+
+# Section 2.1 and Eq. 1: decoding
+
+
+def nucleus(p: Tensor, top_p: float) -> Tensor:
+    """p (B, L, V) kept while the cumulative probability is at most top_p, always the first; by a
+    full sort, renormalised."""
+    ordered, ids = p.sort(dim=-1, descending=True, stable=True)
+    kept = ordered.cumsum(-1) <= top_p
+    kept[..., 0] = True
+    p = torch.zeros_like(p).scatter(-1, ids, ordered * kept)
+    return p / p.sum(-1, keepdim=True)
+
+
+def ancestral_step(
+    model,
+    xt: Tensor,
+    t: float,
+    s: float,
+    top_p: float,
+    previous: Tensor | None = None,
+    omegas: Omegas | None = None,
+    k: int = 3,
+) -> tuple[Tensor, Tensor]:
+    """x_s ~ p(x_s | x_t) (Eq. 1) of all positions at once, soft-masked by the `previous` p.
+
+    The posterior is written out over the vocabulary, (B, L, V): a mask stays with probability
+    (1 - alpha_s)/(1 - alpha_t), alpha = 1 - t, and becomes v with the rest times p_v; a token
+    stays. Gumbel noise in float64 on every entry. Returns x_s and p (B, L, V).
+    """
+    m = model.mask_id
+    embeddings = F.embedding(xt, model.embedding)
+    if omegas is not None and previous is not None:
+        embeddings = soft_mask(xt, previous, omegas, k, m).to(embeddings) @ model.embedding
+    z = model.head(model.hidden(embeddings, torch.zeros(len(xt), device=xt.device))).float()
+    p = probabilities(z, xt, m)
+    posterior = nucleus(p, top_p).double() * (t - s) / t
+    posterior[..., m] = s / t
+    gumbel = -torch.log(-torch.log(torch.rand_like(posterior)))
+    drawn = (posterior.log() + gumbel).argmax(-1)
+    return torch.where(xt == m, drawn, xt), p

@@ -4,6 +4,7 @@ import json
 import math
 import re
 
+import numpy as np
 import pytest
 import torch
 
@@ -106,3 +107,63 @@ def test_two_passes_need_a_soft_mask(capsys, tmp_path):
     with pytest.raises(ValueError, match="--passes 2: a binary checkpoint"):
         ppl(tmp_path, capsys, "--passes", "2")
     assert data.open_corpus(str(tmp_path / "text.txt"), "bytes", str(tmp_path)).meta["tokens"]
+
+
+# Samples beside held-out text
+
+
+def test_divergence_is_the_textbooks_and_knows_its_bounds():
+    a, b = (np.array([[1, 2, 3, 1, 2]]), np.array([[1, 2, 1, 2, 9]]))
+    p = {(1, 2): 2 / 4, (2, 3): 1 / 4, (3, 1): 1 / 4}
+    q = {(1, 2): 2 / 4, (2, 1): 1 / 4, (2, 9): 1 / 4}
+    mean = {g: (p.get(g, 0) + q.get(g, 0)) / 2 for g in p | q}
+    want = sum(v * math.log2(v / mean[g]) / 2 for x in (p, q) for g, v in x.items())
+    assert evaluate.divergence(a, b, 2, 10) == pytest.approx(want)
+    assert evaluate.divergence(a, a, 3, 10) == pytest.approx(0)
+    far = np.array([[7, 8, 7, 8, 7]])
+    assert evaluate.divergence(a, far, 2, 10) == pytest.approx(1)
+
+
+def test_repetition_and_shuffling_are_far_from_the_text():
+    g = np.random.default_rng(0)
+    steps = g.choice([1, 2, 7], p=[0.6, 0.3, 0.1], size=(400, 40))
+    text = np.cumsum(steps, axis=1) % 50  # what follows a token is one of three
+    real, fresh = text[:200], text[200:]
+    repeated = np.repeat(fresh[:1], 200, axis=0)
+    shuffled = g.permuted(fresh, axis=1)
+    scores = [evaluate.divergence(x, real, 2, 50) for x in (fresh, repeated, shuffled)]
+    assert scores[0] < 0.1 < 0.3 < min(scores[1:])
+
+
+def test_unigram_entropy_of_a_sample():
+    ids = np.array([[1, 1, 1, 1], [1, 2, 3, 4]])
+    assert evaluate.unigram_entropy(ids) == pytest.approx(math.log(4) / 2)
+
+
+def test_code_parses_without_its_torn_first_and_last_line():
+    assert evaluate.code_that_parses("rn x\n    a = 1\n    if a:\n        pass\n   foo(")
+    assert not evaluate.code_that_parses("x\n  a = = 1\n y")
+    assert not evaluate.code_that_parses("one line")
+
+
+def test_gen_ranks_held_out_text_before_noise(run, tmp_path, capsys):
+    state = evaluate.load_checkpoint(str(run), "--ckpt")
+    corpus = evaluate.open_corpus(state["args"]["data"], state["tokenizer"], str(tmp_path))
+    blocks = corpus.blocks("val", 16)
+    noise = torch.randint(200, blocks.shape)
+    for name, ids in (("real", blocks), ("noise", noise)):
+        lines = [json.dumps({"ids": row}) + "\n" for row in ids.tolist()]
+        (tmp_path / name).write_text("".join(lines))
+    files = [str(tmp_path / name) for name in ("real", "noise")]
+    flags = ["gen", *files, "--ckpt", str(run), "--cache", str(tmp_path)]
+    evaluate.gen(evaluate.parser().parse_args(flags))
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()[1:]]
+    assert float(rows[0][0]) == 0 and float(rows[1][0]) > 0.5
+
+
+@pytest.mark.parametrize("line", ["{", '{"text": "x"}', '{"ids": [1]}', '{"ids": [1, 2, 999]}'])
+def test_a_line_that_is_no_sample_is_named(tmp_path, line):
+    file = tmp_path / "s.jsonl"
+    file.write_text('{"ids": [1, 2, 3]}\n' + line + "\n")
+    with pytest.raises(ValueError, match=r"s\.jsonl:2"):
+        evaluate.read_samples(str(file), 258)
