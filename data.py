@@ -3,10 +3,11 @@
     python data.py openwebtext                # the paper's corpus, split and blocks
     python data.py FOLDER --tokenizer gpt2    # text, JSONL or parquet, ahead of a run
 
-Every tokenizer is a `tiktoken.Encoding`: `gpt2`; `bytes`; and `stdlib`, a byte-level BPE of 2,048
-entries learned from the embedded corpus, the Python standard library's own source. A corpus is a
-folder of `train.bin`, `val.bin` and `meta.json`, made once and memory-mapped after that; making it
-takes all cores and little memory, and goes on where it was stopped.
+Every tokenizer is a `tiktoken.Encoding`: `gpt2`; `bytes`; `dream`, with its chat template; and
+`stdlib`, a byte-level BPE of 2,048 entries learned from the embedded corpus, the Python standard
+library's own source. A corpus is a folder of `train.bin`, `val.bin` and `meta.json`, made once and
+memory-mapped after that; making it takes all cores and little memory, and goes on where it was
+stopped.
 """
 
 import argparse
@@ -21,11 +22,12 @@ import shutil
 import sys
 import sysconfig
 import time
+import unicodedata
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
-from itertools import islice
+from itertools import islice, takewhile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -41,6 +43,18 @@ END_OF_TEXT = "<|endoftext|>"
 MASK_TEXT = "[MASK]"
 BPE_ENTRIES = 2048
 GPT2_SPLIT = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+DREAM_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+TURN, TURN_ENDS, DREAM_MASK = "<|im_start|>", "<|im_end|>", "<|mask|>"
+DREAM_SPECIAL = (  # their ids follow the vocabulary's, in this order
+    f"{END_OF_TEXT} {TURN} {TURN_ENDS} <|object_ref_start|> <|object_ref_end|> <|box_start|> "
+    "<|box_end|> <|quad_start|> <|quad_end|> <|vision_start|> <|vision_end|> <|vision_pad|> "
+    "<|image_pad|> <|video_pad|> <tool_call> </tool_call> <|fim_prefix|> <|fim_middle|> "
+    f"<|fim_suffix|> <|fim_pad|> <|repo_name|> <|file_sep|> <|beginoftext|> {DREAM_MASK}"
+).split()
+DEFAULT_SYSTEM = "You are a helpful assistant."
 HELD_OUT = 20  # one document in 20 is held out
 OPENWEBTEXT, HELD_OUT_OPENWEBTEXT = "Skylion007/openwebtext", 100_000
 PIECE = 2**22  # characters of text, or tokens, in memory at a time
@@ -85,13 +99,17 @@ def learn_bpe(texts: Iterable[str], entries: int = BPE_ENTRIES) -> tiktoken.Enco
             vocab_size=entries - 1, initial_alphabet=alphabet, show_progress=False
         ),
     )
-    # ByteLevel writes a byte as a printable character: itself, or the next one from 256 on.
+    vocab = learner.get_vocab()
+    return _learned(_as_bytes(sorted(vocab, key=vocab.get)))
+
+
+def _as_bytes(words: Iterable[str]) -> list[bytes]:
+    """The bytes of words in byte-level BPE's spelling; KeyError where a character is not of it."""
+    # It writes a byte as a printable character: itself, or the next one from 256 on.
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     hidden = [b for b in range(256) if b not in printable]
     byte_of = {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(hidden)}
-    by_rank = sorted(learner.get_vocab().items(), key=lambda item: item[1])
-    words = [bytes(byte_of[c] for c in word) for word, _ in by_rank]
-    return _learned(words)
+    return [bytes(byte_of[c] for c in word) for word in words]
 
 
 def _learned(words: list[bytes]) -> tiktoken.Encoding:
@@ -104,8 +122,49 @@ def _learned(words: list[bytes]) -> tiktoken.Encoding:
     )
 
 
+def dream_tokenizer(folder: str | Path) -> tiktoken.Encoding:
+    """Dream's tokenizer, which is Qwen2.5's and a mask, from the two files in a folder.
+
+    FileNotFoundError or ValueError where vocab.json or merges.txt is missing or damaged.
+    """
+    folder = Path(folder).absolute()
+    vocab, lines = _read(folder / "vocab.json"), _read(folder / "merges.txt").split("\n")
+    merges = [line for line in lines if line and not line.startswith("#version")]
+    try:
+        word_of = {token: word for word, token in vocab.items()}
+        words = _as_bytes(word_of[token] for token in range(len(vocab)))
+        merged = _as_bytes(line.replace(" ", "", 1) for line in merges)
+    except (AttributeError, KeyError, TypeError):
+        words = merged = []
+    # tiktoken merges by rank: the same BPE only where ids are in the order of the merges.
+    if set(words[:256]) != {bytes([b]) for b in range(256)} or words[256:] != merged:
+        raise ValueError(
+            f"{folder / 'vocab.json'} and merges.txt do not belong together: ids are to be 256 "
+            "bytes and then the merges in order; fetch both again"
+        )
+    tokenizer = tiktoken.Encoding(
+        "dream",
+        pat_str=DREAM_SPLIT,
+        mergeable_ranks={word: rank for rank, word in enumerate(words)},
+        special_tokens={text: len(words) + i for i, text in enumerate(DREAM_SPECIAL)},
+    )
+    tokenizer.folder = str(folder)
+    return tokenizer
+
+
+def _read(file: Path):
+    """The text of a file, or the value in it where it is JSON."""
+    try:
+        text = file.read_text("utf-8")
+        return json.loads(text) if file.suffix == ".json" else text
+    except (ValueError, RecursionError):
+        raise ValueError(f"{file}: not text or not JSON, or cut short; fetch it again") from None
+
+
 def tokenizer_spec(tokenizer: tiktoken.Encoding) -> dict:
     """A plain description that `load_tokenizer` turns back into the tokenizer; JSON-able."""
+    if tokenizer.name == "dream":
+        return {"name": "dream", "folder": tokenizer.folder}
     if tokenizer.name != "stdlib":
         return {"name": tokenizer.name}
     ranks = sorted(tokenizer._mergeable_ranks.items(), key=lambda item: item[1])
@@ -114,8 +173,10 @@ def tokenizer_spec(tokenizer: tiktoken.Encoding) -> dict:
 
 
 def load_tokenizer(spec: dict) -> tiktoken.Encoding:
-    """The tokenizer of a spec: {"name": "bytes" | "gpt2"} or a learned one with its words."""
+    """The tokenizer of a spec: its name, and Dream's folder or a learned one's words."""
     name = spec["name"]
+    if name == "dream":
+        return dream_tokenizer(spec["folder"])
     if name == "stdlib":
         return _learned([base64.b64decode(word) for word in spec["words"]])
     if name not in ("bytes", "gpt2"):
@@ -123,18 +184,28 @@ def load_tokenizer(spec: dict) -> tiktoken.Encoding:
     return bytes_tokenizer() if name == "bytes" else gpt2_tokenizer()
 
 
+def mask_id(tokenizer: tiktoken.Encoding) -> int:
+    """The mask: a special token of Dream's, for the others the id after the vocabulary."""
+    return tokenizer._special_tokens.get(DREAM_MASK, tokenizer.n_vocab)
+
+
 def vocab_size(tokenizer: tiktoken.Encoding) -> int:
-    """The network's vocabulary: the tokenizer's, and the mask as its last id."""
-    return tokenizer.n_vocab + 1
+    """The ids there are, the mask as the last; Dream's network has some more that stand unused."""
+    return mask_id(tokenizer) + 1
 
 
 def encode(tokenizer: tiktoken.Encoding, text: str) -> list[int]:
-    """Text to ids; text that spells a special token is text. ValueError where tiktoken gives up."""
+    """Text to ids, for Dream in Unicode's form NFC; text that spells a special token is text.
+
+    ValueError where tiktoken gives up.
+    """
     return encode_array(tokenizer, text).tolist()
 
 
 def encode_array(tokenizer: tiktoken.Encoding, text: str) -> np.ndarray:
     """`encode` as an array of uint32, made without Python's lock: threads run side by side."""
+    if tokenizer.name == "dream":
+        text = unicodedata.normalize("NFC", text)
     try:
         return tokenizer.encode_to_numpy(text, disallowed_special=())
     except BaseException as error:  # its panics are no Exceptions
@@ -144,21 +215,91 @@ def encode_array(tokenizer: tiktoken.Encoding, text: str) -> np.ndarray:
 
 
 def decode(tokenizer: tiktoken.Encoding, ids: Iterable[int]) -> str:
-    """Ids to text; the mask shows as [MASK], bytes that are no UTF-8 as U+FFFD."""
-    mask = tokenizer.n_vocab
-    pieces = (
-        MASK_TEXT.encode() if i == mask else tokenizer.decode_single_token_bytes(i)
-        for i in map(int, ids)
-    )
-    return b"".join(pieces).decode("utf-8", errors="replace")
+    """Ids to text; the mask shows as [MASK], bytes that are no UTF-8 and unused ids as U+FFFD."""
+    mask = mask_id(tokenizer)
+
+    def piece(token: int) -> bytes:
+        if token == mask:
+            return MASK_TEXT.encode()
+        try:
+            return tokenizer.decode_single_token_bytes(token)
+        except KeyError:
+            return "\ufffd".encode()
+
+    return b"".join(map(piece, map(int, ids))).decode("utf-8", errors="replace")
 
 
 def token_bytes(tokenizer: tiktoken.Encoding) -> Tensor:
-    """(V,) the UTF-8 bytes that each token stands for; 0 for end-of-text and the mask."""
-    sizes = torch.zeros(vocab_size(tokenizer), dtype=torch.long)
-    for token in range(tokenizer.n_vocab - 1):
-        sizes[token] = len(tokenizer.decode_single_token_bytes(token))
-    return sizes
+    """(V,) the UTF-8 bytes that each token stands for; 0 for special tokens and the mask."""
+    sizes = [0] * vocab_size(tokenizer)
+    for word, token in tokenizer._mergeable_ranks.items():
+        sizes[token] = len(word)
+    return torch.tensor(sizes)
+
+
+# Chat, in Dream's tokens
+
+
+def chat_ids(
+    tokenizer: tiktoken.Encoding,
+    messages: list[dict],
+    system: str = DEFAULT_SYSTEM,
+    begin: str = "",
+) -> list[int]:
+    """The ids of a chat, [{"role": "system" | "user" | "assistant", "content": text}].
+
+    `system` goes before a chat that does not start with a system message. Where the assistant did
+    not speak last, its turn is opened and left open after the text `begin`. Control tokens are put
+    in as ids, so that no content can spell them. ValueError for a chat that is none.
+    """
+    start, end = (tokenizer.encode_single_token(text) for text in (TURN, TURN_ENDS))
+    turns = [_turn(message) for message in messages]
+    if not turns:
+        raise ValueError("a chat without messages")
+    if messages[0]["role"] != "system":
+        turns.insert(0, f"system\n{system}")
+    newline, ids = encode(tokenizer, "\n"), []
+    for turn in turns:
+        ids += [start, *encode(tokenizer, turn), end, *newline]
+    if messages[-1]["role"] != "assistant":
+        ids += [start, *encode(tokenizer, f"assistant\n{begin}")]
+    elif begin:
+        raise ValueError(f"an answer that begins with {begin!r}, but the assistant has spoken")
+    return ids
+
+
+def _turn(message: dict) -> str:
+    match message:
+        case {"role": "system" | "user" | "assistant" as role, "content": str(content)}:
+            return f"{role}\n{content}"
+    raise ValueError(
+        f'{message!r:.80}: a message has a "role" (system, user or assistant) and a "content" text'
+    )
+
+
+def system_line(folder: str | Path) -> str:
+    """The default system line of a folder's tokenizer_config.json, else Dream's.
+
+    It is the constant text that the chat template has between system's control tokens; the
+    template is a program, which is not run. ValueError where the file is damaged.
+    """
+    file = Path(folder) / "tokenizer_config.json"
+    match _read(file) if file.exists() else None:
+        case {"chat_template": str(template)}:
+            # A quote ends the constant, unless it is escaped or an apostrophe inside a word.
+            text = r"((?:[^'\"{}\\]|\\.|\b'\b)+)"
+            found = re.search(rf"<\|im_start\|>system(?:\\n|\n){text}<\|im_end\|>", template)
+            if found:
+                return re.sub(r"\\(.)", lambda m: "\n" if m[1] == "n" else m[1], found[1])
+    return DEFAULT_SYSTEM
+
+
+def answer(tokenizer: tiktoken.Encoding, ids: Iterable[int]) -> str:
+    """The text up to the first end of text or turn; control tokens before it do not show."""
+    special, mask = tokenizer._special_tokens, mask_id(tokenizer)
+    ends = (special[END_OF_TEXT], special.get(TURN_ENDS))
+    said = takewhile(lambda i: i not in ends, map(int, ids))
+    return decode(tokenizer, (i for i in said if i == mask or not tokenizer.is_special_token(i)))
 
 
 # Texts: documents, in pieces that fit in memory
@@ -436,7 +577,7 @@ class Corpus:
         ids.fill(self.tokenizer.eot_token)
         for row, i in zip(ids, starts, strict=True):
             row[self.wrapping : self.wrapping + inner] = stream[i : i + inner]
-        if ids.size and ids.max() >= self.tokenizer.n_vocab:
+        if ids.size and ids.max() >= mask_id(self.tokenizer):
             raise ValueError(f"{self.folder}: damaged; delete it, and it is built again")
         return torch.from_numpy(ids)
 

@@ -1,16 +1,19 @@
-"""The networks: `DiT`, the bidirectional diffusion transformer of MDLM (Sahoo et al., 2024).
+"""The networks: `DiT`, MDLM's diffusion transformer (Sahoo et al., 2024), and `Dream` (2025).
 
-Notable: no causal mask; rotary positions; adaLN-zero modulation by the noise level sigma (given 0
+DiT: no causal mask; rotary positions; adaLN-zero modulation by the noise level sigma (given 0
 unless time conditioning is on, as in the public checkpoint); untied head; SUBS output, under which
 the mask token has no probability. `SIZES["small"]` with 50,258 tokens is the public 169M network.
+Dream: Qwen2.5's network without the causal mask; its shift by one is undone inside `hidden`.
 
 The denoiser interface, all that other files use:
-    embed(tokens) -> (B, L, D)         hidden(embeddings, sigma) -> (B, L, D)
-    logits(rows) -> (N, V)             embedding, head, mask_id, vocab_size, mask_eps, config
+    embed(tokens) -> (B, L, D)     hidden(embeddings, sigma, attend, keep) -> (B, L, D)
+    logits(rows) -> (N, V)         embedding, head, mask_id, vocab_size, mask_eps, config
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +29,17 @@ SIZES = {  # name: layers, heads, width, length
     "cpu": dict(n_layers=4, n_heads=3, width=192, block_size=128),
     "small": dict(n_layers=12, n_heads=12, width=768, block_size=1024),
 }
+
+DREAM_SIZES = {  # name: sizes of Qwen2's shape
+    "dream-tiny": dict(
+        vocab_size=512, n_layers=2, n_heads=4, n_kv_heads=2, width=64, mlp_width=128, mask_id=511,
+        block_size=512,
+    ),
+    "dream-0.5b": dict(n_layers=24, n_heads=14, n_kv_heads=2, width=896, mlp_width=4864),
+    "dream-7b": dict(n_layers=28, n_heads=28, n_kv_heads=4, width=3584, mlp_width=18944),
+}  # fmt: skip
+
+Keep = Callable[[int, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 @dataclass
@@ -49,18 +63,42 @@ class DiTConfig:
         return asdict(self)
 
 
-def rotary_table(length: int, head_dim: int, base: float) -> tuple[Tensor, Tensor]:
-    """cos and sin (L, head_dim / 2) of position * base^(-2i/head_dim), in float32."""
-    freq = base ** (-torch.arange(0, head_dim, 2).float() / head_dim)
-    angle = torch.outer(torch.arange(length).float(), freq)
+def rotary(positions: Tensor, head_dim: int, base: float) -> tuple[Tensor, Tensor]:
+    """cos and sin (..., head_dim / 2) of position * base^(-2i/head_dim), in float32."""
+    i = torch.arange(0, head_dim, 2, device=positions.device).float()
+    angle = positions.float()[..., None] * base ** (-i / head_dim)
     return angle.cos(), angle.sin()
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary positions: pairs (x_i, x_{i + head_dim/2}) of x (..., L, heads, head_dim)."""
-    cos, sin = cos[:, None].to(x.dtype), sin[:, None].to(x.dtype)  # (L, 1, head_dim / 2)
+    cos, sin = cos.unsqueeze(-2).to(x.dtype), sin.unsqueeze(-2).to(x.dtype)
     a, b = x.chunk(2, dim=-1)
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
+
+
+def padding(attend: Tensor | None, length: int, device) -> tuple[Tensor, Tensor | None]:
+    """Positions (1 or B, L), counted from a row's first real token, and the attention mask
+    (B, 1, L, L) of `attend`, bool (B, L), False at padding; None where nothing is padded.
+
+    Nobody attends to padding but the padding itself, so that no row of a softmax is empty.
+    """
+    if attend is None:
+        return torch.arange(length, device=device)[None], None
+    positions = (attend.cumsum(1) - 1).clamp(min=0)
+    itself = torch.eye(length, dtype=torch.bool, device=device)
+    return positions, None if attend.all() else attend[:, None, None] | itself
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, keep) -> Tensor:
+    """softmax(q k^T / sqrt(head_dim)) v of (B, L, heads, head_dim), all rows to all; k and v may
+    have fewer heads, each for as many of q's. `keep(k, v)` may keep them and return others."""
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (B, heads, L, head_dim)
+    if keep is not None:
+        k, v = keep(k, v)
+    grouped = k.shape[1] != q.shape[1]
+    a = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=grouped)
+    return a.transpose(1, 2).flatten(2)  # (B, L, D)
 
 
 class TimestepEmbedding(nn.Module):
@@ -113,20 +151,29 @@ class Block(nn.Module):
         nn.init.zeros_(self.adaLN.weight)
         nn.init.zeros_(self.adaLN.bias)
 
-    def attention(self, h: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def attention(self, h: Tensor, cos: Tensor, sin: Tensor, mask, keep) -> Tensor:
         b, length, d = h.shape
         qkv = self.attn_qkv(h).view(b, length, 3, self.n_heads, d // self.n_heads)
         q, k, v = qkv.unbind(2)  # (B, L, heads, head_dim)
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        a = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
-        return self.attn_out(a.transpose(1, 2).reshape(b, length, d))
+        return self.attn_out(attention(rotate(q, cos, sin), rotate(k, cos, sin), v, mask, keep))
 
-    def forward(self, x: Tensor, c: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def forward(self, x: Tensor, c: Tensor, cos: Tensor, sin: Tensor, mask, keep) -> Tensor:
         shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN(c).chunk(6, dim=-1)
-        h = self.attention(self.norm1(x, shift1, scale1), cos, sin)
+        h = self.attention(self.norm1(x, shift1, scale1), cos, sin, mask, keep)
         x = x + gate1[:, None] * F.dropout(h, self.dropout, self.training)
         h = self.mlp(self.norm2(x, shift2, scale2))
         return x + gate2[:, None] * F.dropout(h, self.dropout, self.training)
+
+
+def run_blocks(blocks, x: Tensor, common: tuple, keep: Keep | None, checkpointed: bool) -> Tensor:
+    """x through all blocks; `checkpointed` ones are computed again in the backward pass."""
+    for i, block in enumerate(blocks):
+        kept = None if keep is None else partial(keep, i)
+        if checkpointed and torch.is_grad_enabled():
+            x = checkpoint(block, x, *common, kept, use_reentrant=False)
+        else:
+            x = block(x, *common, kept)
+    return x
 
 
 class DiT(nn.Module):
@@ -148,7 +195,8 @@ class DiT(nn.Module):
         for layer in (self.adaLN, self.head):
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
-        cos, sin = rotary_table(config.block_size, config.width // config.n_heads, 10000.0)
+        places = torch.arange(config.block_size)
+        cos, sin = rotary(places, config.width // config.n_heads, 10000.0)
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
         subs = torch.zeros(config.vocab_size)
@@ -159,10 +207,17 @@ class DiT(nn.Module):
         """(B, L) token ids -> (B, L, D), a table lookup."""
         return F.embedding(tokens, self.embedding)
 
-    def hidden(self, embeddings: Tensor, sigma: Tensor | None = None) -> Tensor:
+    def hidden(
+        self,
+        embeddings: Tensor,
+        sigma: Tensor | None = None,
+        attend: Tensor | None = None,
+        keep: Keep | None = None,
+    ) -> Tensor:
         """(B, L, D) embeddings and noise levels sigma (B,) -> (B, L, D), row l predicts token l.
 
-        sigma is ignored (taken as 0 for all) without time conditioning. ValueError beyond length L.
+        sigma is ignored (taken as 0 for all) without time conditioning; `attend` as in `padding`;
+        `keep(layer, k, v)` as in `attention`. ValueError beyond length L.
         """
         length = embeddings.shape[1]
         if length > self.config.block_size:
@@ -172,14 +227,130 @@ class DiT(nn.Module):
         elif sigma is None:
             raise ValueError("a time-conditioned network needs sigma, one for each sequence")
         c = self.sigma_map(sigma)  # (B or 1, cond_dim)
-        x, cos, sin = embeddings, self.cos[:length], self.sin[:length]
-        for block in self.blocks:
-            if self.checkpoint_activations and torch.is_grad_enabled():
-                x = checkpoint(block, x, c, cos, sin, use_reentrant=False)
-            else:
-                x = block(x, c, cos, sin)
+        positions, mask = padding(attend, length, embeddings.device)
+        common = (c, self.cos[positions], self.sin[positions], mask)
+        x = run_blocks(self.blocks, embeddings, common, keep, self.checkpoint_activations)
         return self.norm_final(x, *self.adaLN(c).chunk(2, dim=-1))
 
     def logits(self, rows: Tensor) -> Tensor:
         """Hidden rows (N, D) -> (N, V); the mask's logit is NEVER (SUBS)."""
         return F.linear(rows, self.head.weight, self.head.bias + self.subs)
+
+
+# Dream
+
+
+@dataclass
+class DreamConfig:
+    """Sizes of a Dream network, Qwen2's. mask_id lies inside the vocabulary; block_size is the
+    longest context."""
+
+    vocab_size: int = 152_064
+    block_size: int = 131_072
+    n_layers: int = 28
+    n_heads: int = 28
+    n_kv_heads: int = 4
+    width: int = 3584
+    mlp_width: int = 18_944
+    mask_id: int = 151_666
+    rope_base: float = 1e6
+    rms_eps: float = 1e-6
+    time_conditioning: bool = False
+
+    def __post_init__(self):
+        if self.width % self.n_heads or (self.width // self.n_heads) % 2:
+            raise ValueError(f"width {self.width} does not split into {self.n_heads} even heads")
+        if self.n_heads % self.n_kv_heads:
+            raise ValueError(f"{self.n_heads} heads do not share {self.n_kv_heads} of k and v")
+        if not 0 <= self.mask_id < self.vocab_size:
+            raise ValueError(f"mask {self.mask_id} outside the vocabulary of {self.vocab_size}")
+
+    def to_dict(self) -> dict:
+        return asdict(self)
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean x^2 + eps) in float32, times a weight."""
+
+    def __init__(self, width: int, eps: float):
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.ones(width)), eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = at_least_float32(x)
+        wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
+        return self.weight * wide.to(x.dtype)
+
+
+class DreamBlock(nn.Module):
+    """x += attention(norm(x)), then x += MLP(norm(x)), a SwiGLU."""
+
+    def __init__(self, config: DreamConfig):
+        super().__init__()
+        d, self.head_dim = config.width, config.width // config.n_heads
+        kv = config.n_kv_heads * self.head_dim
+        self.input_layernorm = RMSNorm(d, config.rms_eps)
+        self.q_proj = nn.Linear(d, d)
+        self.k_proj, self.v_proj = nn.Linear(d, kv), nn.Linear(d, kv)
+        self.o_proj = nn.Linear(d, d, bias=False)
+        self.post_attention_layernorm = RMSNorm(d, config.rms_eps)
+        self.gate_proj = nn.Linear(d, config.mlp_width, bias=False)
+        self.up_proj = nn.Linear(d, config.mlp_width, bias=False)
+        self.down_proj = nn.Linear(config.mlp_width, d, bias=False)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask, keep) -> Tensor:
+        h = self.input_layernorm(x)
+        projected = (self.q_proj(h), self.k_proj(h), self.v_proj(h))
+        q, k, v = (y.unflatten(-1, (-1, self.head_dim)) for y in projected)
+        q, k = (rotate(at_least_float32(y), cos, sin).to(v.dtype) for y in (q, k))
+        x = x + self.o_proj(attention(q, k, v, mask, keep))
+        h = self.post_attention_layernorm(x)
+        return x + self.down_proj(F.silu(self.gate_proj(h)) * self.up_proj(h))
+
+
+class Dream(nn.Module):
+    """Dream-7B's network behind the denoiser interface (see the top of the file)."""
+
+    mask_eps = 0.0  # masks with probability t
+
+    def __init__(self, config: DreamConfig):
+        super().__init__()
+        self.config, self.checkpoint_activations = config, False
+        self.vocab_size, self.mask_id = config.vocab_size, config.mask_id
+        self.embedding = nn.Parameter(torch.empty(config.vocab_size, config.width))
+        nn.init.normal_(self.embedding, std=0.02)
+        self.layers = nn.ModuleList(DreamBlock(config) for _ in range(config.n_layers))
+        self.norm = RMSNorm(config.width, config.rms_eps)
+        self.head = nn.Linear(config.width, config.vocab_size, bias=False)
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """(B, L) token ids -> (B, L, D), a table lookup."""
+        return F.embedding(tokens, self.embedding)
+
+    def hidden(
+        self,
+        embeddings: Tensor,
+        sigma: Tensor | None = None,
+        attend: Tensor | None = None,
+        keep: Keep | None = None,
+    ) -> Tensor:
+        """(B, L, D) embeddings -> (B, L, D), row l predicts token l; sigma is not used.
+
+        The network's row l predicts token l + 1: its rows are shifted, and the first real one
+        keeps its own. `attend` as in `padding`; `keep(layer, k, v)` as in `attention`. ValueError
+        beyond the longest context.
+        """
+        length = embeddings.shape[1]
+        if length > self.config.block_size:
+            raise ValueError(f"{length} tokens; the network takes {self.config.block_size}")
+        positions, mask = padding(attend, length, embeddings.device)
+        head_dim = self.config.width // self.config.n_heads
+        common = (*rotary(positions, head_dim, self.config.rope_base), mask)
+        x = run_blocks(self.layers, embeddings, common, keep, self.checkpoint_activations)
+        h = self.norm(x)
+        shifted = torch.cat([h[:, :1], h[:, :-1]], dim=1)
+        return torch.where((positions == 0)[..., None], h, shifted)
+
+    def logits(self, rows: Tensor) -> Tensor:
+        """Hidden rows (N, D) -> (N, V), as published: the mask has a logit like any other."""
+        return self.head(rows)

@@ -4,6 +4,7 @@
     python sample.py --prompt "def fibonacci(n):" --nfe 32 --strategy remdm-cap --top-p 0.9
     python sample.py --infill "for [MASK] in range([MASK]):" --strategy entropy
     torchrun --nproc_per_node 8 sample.py --num 5008 --preset remdm-paper --out samples.jsonl
+    python sample.py --model dream-coder --chat --omegas 0.4,0.8,-3.5
 
 One step: look (a pass over x_t, soft-masked by the feedback of the step before), let the strategy
 say which masked positions open, which tokens they get and which drawn ones are masked again, keep
@@ -14,15 +15,29 @@ import argparse
 import hashlib
 import json
 import math
+import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from fractions import Fraction
 from itertools import pairwise
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from data import MASK_TEXT, decode, encode, load_tokenizer
+from data import (
+    MASK_TEXT,
+    TURN_ENDS,
+    answer,
+    chat_ids,
+    decode,
+    encode,
+    load_tokenizer,
+    mask_id,
+    system_line,
+)
+from model import Dream
 from runtime import (
     Parser,
     World,
@@ -48,6 +63,7 @@ from softmask import (
     schedule_scale,
     top_k,
 )
+from viz import TerminalView
 from weights import build_model, build_softmask, load_checkpoint
 
 ANCESTRAL = ("mdlm", "remdm-cap", "remdm-rescale", "remdm-conf", "remdm-loop", "origin")
@@ -228,7 +244,9 @@ def generate(
     dtype: torch.dtype = torch.float32,
     schedule: tuple[str, str, float] = ("none", "sm-binary", 0.5),
     reuse_unchanged: bool = False,
-    trace: bool = False,
+    attend: Tensor | None = None,
+    stop: tuple[int, ...] = (),
+    trace: bool | Callable[[dict], None] = False,
     on_step=None,
 ) -> tuple[Tensor, Decoding]:
     """Fill the masks of x (B, L) in `nfe` steps; positions that are not the mask never change.
@@ -242,24 +260,30 @@ def generate(
     does not depend on its batch. `schedule` is (kind, order, t') of `schedule_scale`. A binary step
     in which nothing changed reuses the last pass; with `reuse_unchanged` a soft-masked one does
     too. If masks remain after the last step, one more pass fills them by argmax; it is not counted
-    as NFE. `on_step(i, x)` is called after every step.
+    as NFE. `attend`, bool (B, L), is False at a batch's padding. Once a token of `stop` was drawn
+    and no mask stands before it, the masks behind it become stop[0]. `on_step(i, x)` is called
+    after every step.
 
-    Returns the tokens (B, L) and a `Decoding`. Its trace has, for every step and row: step, t (the
-    time it ended at), row, `drawn` [[position, id], ...], `remasked` [positions], and `soft`, for
-    the masks that stay: [position, lambda, -H in nats, [ids], [weights]]. ValueError for an nfe
-    that the strategy cannot use, or beyond the length of the network.
+    Returns the tokens (B, L) and a `Decoding`. Its trace, which a callable `trace` is given instead
+    as it happens, has for every step and row: step, t (the time it ended at), row, `drawn`
+    [[position, id], ...], `remasked` [positions], and `soft`, for the masks that stay: [position,
+    lambda, -H in nats, [ids], [weights]]. ValueError for an nfe that the strategy cannot use.
     """
     how = how or Strategy()
     start = x == model.mask_id
-    most = int(start.sum(1).max()) if how.name in ORDERS and start.any() else None
+    if not start.any():
+        return x.clone(), Decoding()
+    most = int(start.sum(1).max()) if how.name in ORDERS else None
     if nfe < 1 or (most and nfe > most):
         limit = f"at most {most}, one a masked position, for {how.name}" if most else "at least 1"
         raise ValueError(f"nfe {nfe}: {limit}")
     x, done = x.clone(), Decoding()
+    tell = trace if callable(trace) else done.trace.append
     flat, length = x.view(-1), x.shape[1]
     generators = [generator(s) for s in (range(len(x)) if seeds is None else seeds)]
     reuse = not model.config.time_conditioning and (softmask is None or reuse_unchanged)
     changed, feedback, rows = True, None, None
+    padded = {} if attend is None else {"attend": attend}
     prob = torch.zeros(x.shape, device=x.device)  # of each token when it was drawn
     times = how.times(nfe)
     with autocast(x.device, dtype):
@@ -269,7 +293,7 @@ def generate(
                 break
             if masked.any() and (changed or not reuse):
                 scale = schedule_scale(1 - i / nfe, *schedule)
-                hidden = _look(model, x, t, softmask, rows, feedback, scale)  # (B * L, D)
+                hidden = _look(model, x, t, softmask, rows, feedback, scale, padded)  # (B * L, D)
                 done.passes += 1
             last = i == nfe - 1
             seen = tokens = None
@@ -293,6 +317,11 @@ def generate(
                 tokens, p = _draw_at(model, hidden, chosen, how, generators, length)
                 prob.view(-1)[chosen] = p.to(prob)
             flat[chosen], flat[remasked] = tokens, model.mask_id
+            if stop:
+                behind = _behind_stop(x, start, model.mask_id, stop)
+                x[behind] = stop[0]
+                opens |= behind
+                chosen = opens.flatten().nonzero()[:, 0]
             changed = len(chosen) + len(remasked) > 0
             if softmask is not None and (changed or not reuse or feedback is None):
                 stays = masked & ~opens
@@ -306,26 +335,35 @@ def generate(
             if trace:
                 scale = schedule_scale(1 - (i + 1) / nfe, *schedule)
                 lam = None if feedback is None else scale * softmask.lam(feedback.neg_entropy)
-                done.trace += _record(i, s, x, chosen, remasked, rows, feedback, lam)
+                for entry in _record(i, s, x, chosen, remasked, rows, feedback, lam):
+                    tell(entry)
             if on_step is not None:
                 on_step(i, x)
         rest = (x == model.mask_id).flatten().nonzero()[:, 0]
         if len(rest):
             done.filled = True
             scale = schedule_scale(0.0, *schedule)
-            hidden = _look(model, x, times[-1], softmask, rows, feedback, scale)
+            hidden = _look(model, x, times[-1], softmask, rows, feedback, scale, padded)
             flat[rest], _ = _draw_at(
                 model, hidden, rest, Strategy(how.name, temperature=0), generators, length
             )
             if trace:
-                done.trace += _record(nfe, 0.0, x, rest, rest[:0], None, None, None)
+                for entry in _record(nfe, 0.0, x, rest, rest[:0], None, None, None):
+                    tell(entry)
     return x, done
 
 
-def _look(model, x: Tensor, t: float, softmask, rows, feedback, scale: float) -> Tensor:
+def _look(model, x: Tensor, t: float, softmask, rows, feedback, scale: float, padded) -> Tensor:
     """A pass at time t over x (B, L) with the feedback of the last one, if any: (B * L, D)."""
     sigma = noise_level(torch.full((len(x),), t, device=x.device), model.mask_eps)
-    return denoise(model, x, sigma, softmask, rows, feedback, scale).flatten(0, 1)
+    return denoise(model, x, sigma, softmask, rows, feedback, scale, **padded).flatten(0, 1)
+
+
+def _behind_stop(x: Tensor, start: Tensor, mask_id: int, stop: tuple[int, ...]) -> Tensor:
+    """The masks of x (B, L) behind a drawn stop token that has no mask before it, bool (B, L)."""
+    masked = x == mask_id
+    ends = torch.isin(x, torch.tensor(stop, device=x.device)) & start & (masked.cumsum(1) == 0)
+    return masked & (ends.cumsum(1) > 0)
 
 
 def _draw_at(model, hidden, rows, how, generators, length: int) -> tuple[Tensor, Tensor]:
@@ -405,7 +443,7 @@ def template(tokenizer, length: int, prompt: str = "", infill: str = "") -> list
 
     ValueError where the prompt leaves nothing to fill, or the text has no [MASK] or is too long.
     """
-    mask = tokenizer.n_vocab
+    mask = mask_id(tokenizer)
     if infill:
         if MASK_TEXT not in infill:
             raise ValueError(f"--infill: the text has no {MASK_TEXT} to fill")
@@ -418,6 +456,38 @@ def template(tokenizer, length: int, prompt: str = "", infill: str = "") -> list
     if len(ids) >= length:
         raise ValueError(f"--prompt: {len(ids)} tokens leave nothing to fill of --length {length}")
     return ids + [mask] * (length - len(ids))
+
+
+def respond(
+    model,
+    prompts: list[list[int]],
+    new_tokens: int,
+    nfe: int,
+    pad_id: int,
+    softmask: SoftMask | None = None,
+    how: Strategy | None = None,
+    **options,
+) -> tuple[list[list[int]], Decoding]:
+    """The answers, `new_tokens` ids each, to prompts of any lengths: one batch, padded on the left.
+
+    `options` are those of `generate`. ValueError where a prompt and its answer do not fit.
+    """
+    length = max(map(len, prompts)) + new_tokens
+    if length > model.config.block_size:
+        raise ValueError(
+            f"a prompt of {length - new_tokens} tokens and an answer of {new_tokens}: the network "
+            f"takes {model.config.block_size}"
+        )
+    x = torch.full((len(prompts), length), pad_id)
+    attend = torch.zeros(x.shape, dtype=torch.bool)
+    for row, real, prompt in zip(x, attend, prompts, strict=True):
+        begin = length - new_tokens - len(prompt)
+        row[begin:] = torch.tensor(prompt + [model.mask_id] * new_tokens)
+        real[begin:] = True
+    device = model.embedding.device
+    attend = None if attend.all() else attend.to(device)
+    x, done = generate(model, x.to(device), nfe, softmask, how, attend=attend, **options)
+    return x[:, length - new_tokens :].tolist(), done
 
 
 def seed_of(seed: int, i: int) -> int:
@@ -499,24 +569,59 @@ class TraceFile:
         self.file.write(json.dumps(line, separators=(",", ":")) + "\n")
 
 
-def strategy_of(args: argparse.Namespace, length: int, nfe: int) -> Strategy:
+def strategy_of(args: argparse.Namespace, length: int, nfe: int, dream: bool) -> Strategy:
     """The strategy that the flags name; a flag that is None takes its default."""
-    values = {
-        name: getattr(args, name)
-        for name in ("temperature", "top_p", "eta", "t_on", "t_off", "alpha_on", "alg_temp")
-        if getattr(args, name) is not None
-    }
+    values = {"temperature": 0.1, "top_p": 0.9} if dream else {}  # appendix A.2
+    for name in ("temperature", "top_p", "eta", "t_on", "t_off", "alpha_on", "alg_temp"):
+        if getattr(args, name) is not None:
+            values[name] = getattr(args, name)
     if args.preset == "remdm-paper":  # the ReMDM rows of the paper's table 1
         if args.strategy or args.eta is not None:
             raise ValueError("--preset remdm-paper: it chooses --strategy and --eta itself")
         name = "remdm-cap" if nfe < length else "remdm-loop"
         return Strategy(name, **({"top_p": 0.9} | values))
-    return Strategy(args.strategy or "mdlm", **values)
+    return Strategy(args.strategy or ("entropy" if dream else "mdlm"), **values)
 
 
-def main(args: argparse.Namespace) -> None:
-    device = pick_device(args.device)
-    dtype = pick_dtype(args.dtype, device)
+def softmask_of(args: argparse.Namespace, state: dict) -> SoftMask | None:
+    """The soft mask of the flags, else of the checkpoint; None for plain masks."""
+    softmask = None if args.no_sm else build_softmask(state)
+    if args.omegas and not args.no_sm:
+        try:
+            k = None if args.k == "V" else int(args.k or 3)
+            omegas = [float(v) for v in args.omegas.split(",")]
+        except ValueError:
+            raise ValueError(
+                f"--omegas {args.omegas} --k {args.k}: omega_s,omega_a,omega_b (and tau), and a "
+                "whole number or V"
+            ) from None
+        if len(omegas) not in (3, 4) or (len(omegas) == 4 and k is not None):
+            raise ValueError(f"--omegas {args.omegas}: three numbers, for --k V a fourth, tau")
+        softmask = SoftMask(k)
+        softmask.set_omegas(*omegas)
+    elif args.k is not None:
+        raise ValueError(f"--k {args.k}: with --omegas; a checkpoint has its own")
+    if softmask is None and (args.sm_schedule != "none" or args.reuse_unchanged):
+        why = "--no-sm is given" if args.no_sm else f"{args.ckpt} is a binary model"
+        raise ValueError(f"--sm-schedule, --reuse-unchanged: for soft-masking, but {why}")
+    return softmask
+
+
+def steps_of(args: argparse.Namespace, masks: int) -> int:
+    """--nfe, or --budget (steps / tokens), or one step a mask."""
+    if args.budget is None:
+        return masks if args.nfe is None else args.nfe
+    try:
+        budget = Fraction(args.budget)
+    except (ValueError, ZeroDivisionError):
+        budget = Fraction(0)
+    if not 0 < budget <= 1 or args.nfe is not None:
+        raise ValueError(f"--budget {args.budget}: a share of the tokens like 1/4; without --nfe")
+    return max(1, round(budget * masks))
+
+
+def check(args: argparse.Namespace) -> None:
+    """ValueError for flags that do not go together, before anything is loaded."""
     if args.prompt and args.infill:
         raise ValueError(
             "--prompt and --infill: one of them; a text to infill may begin as you like"
@@ -526,39 +631,121 @@ def main(args: argparse.Namespace) -> None:
     for name in ("out", "trace"):
         if getattr(args, name):
             writable_folder(Path(getattr(args, name)).parent, f"--{name}")
-    schedule = (args.sm_schedule, args.sm_order, args.sm_switch)
     if not 0 <= args.sm_switch <= 1:
         raise ValueError(f"--sm-switch {args.sm_switch}: between 0 and 1")
-    state = load_checkpoint(args.ckpt, "--ckpt")
-    if (args.sm_schedule != "none" or args.reuse_unchanged) and (
-        args.no_sm or state["softmask"] is None
-    ):
-        why = "--no-sm is given" if args.no_sm else f"{args.ckpt} is a binary model"
-        raise ValueError(f"--sm-schedule, --reuse-unchanged: for soft-masking, but {why}")
-    model = build_model(state, ema=True).to(device).eval()
-    softmask = None if args.no_sm else build_softmask(state)
-    softmask = softmask.to(device) if softmask is not None else None
+
+
+def main(args: argparse.Namespace) -> int:
+    device = pick_device(args.device)
+    dtype = pick_dtype(args.dtype, device)
+    check(args)
+    stored = torch.bfloat16 if args.dtype == "auto" else dtype  # Dream's weights
+    state = load_checkpoint(args.ckpt, "--ckpt", device, stored)
     tokenizer = load_tokenizer(state["tokenizer"])
-    limit = model.config.block_size
+    softmask = softmask_of(args, state)
+    softmask = softmask.to(device) if softmask is not None else None
+    model = build_model(state, ema=True).to(device).eval()
+    if isinstance(model, Dream):
+        if args.system is None:
+            args.system = system_line(state["tokenizer"]["folder"])
+        return converse(args, model, tokenizer, softmask, dtype)
+    if args.chat or args.new_tokens or args.system or args.stop_early:
+        raise ValueError("--chat, --new-tokens, --system, --stop-early: for a Dream model")
+    return write_samples(args, model, tokenizer, softmask, dtype)
+
+
+def converse(args, model: Dream, tokenizer, softmask, dtype) -> int:
+    """Answers of a Dream model, to --prompt or in a --chat."""
+    if args.infill or args.out or args.trace or args.length:
+        raise ValueError("--infill, --out, --trace, --length: not for a Dream model")
+    new_tokens = args.new_tokens or 256
+    if new_tokens < 1:
+        raise ValueError(f"--new-tokens {new_tokens}: at least 1")
+    nfe = steps_of(args, new_tokens)
+    how = strategy_of(args, new_tokens, nfe, dream=True)
+    if nfe < 1 or (how.name in ORDERS and nfe > new_tokens):
+        raise ValueError(f"--nfe {nfe}: from 1, and for {how.name} to {new_tokens}, the masks")
+    eos, im_end = tokenizer.eot_token, tokenizer.encode_single_token(TURN_ENDS)
+    options = dict(
+        dtype=dtype, schedule=(args.sm_schedule, args.sm_order, args.sm_switch),
+        reuse_unchanged=args.reuse_unchanged, stop=(eos, im_end) if args.stop_early else (),
+    )  # fmt: skip
+
+    def answer_to(messages: list[dict], seed: int) -> str:
+        prompt = chat_ids(tokenizer, messages, args.system)
+        start = prompt + [model.mask_id] * new_tokens
+        with TerminalView(
+            lambda ids: answer(tokenizer, ids), start, model.mask_id, len(prompt)
+        ) as view:
+            watch = view.update if view.live and (args.chat or args.watch) else False
+            answers, _ = respond(
+                model, [prompt], new_tokens, nfe, eos, softmask, how, seeds=[seed], trace=watch,
+                **options,
+            )  # fmt: skip
+        return answer(tokenizer, answers[0])
+
+    if args.chat:
+        return chat(answer_to, args.seed)
+    if not args.prompt:
+        raise ValueError("--prompt or --chat: a Dream model answers a message")
+    for i in range(args.num):
+        text = answer_to([{"role": "user", "content": args.prompt}], seed_of(args.seed, i))
+        print(text if args.num == 1 else f"--- sample {i}\n{text}")
+    return 0
+
+
+def chat(answer_to: Callable[[list[dict], int], str], seed: int) -> int:
+    """Talk until the input ends. Ctrl-C stops an answer; at the prompt, or once more, it leaves."""
+    messages: list[dict] = []
+    if sys.stdin.isatty():
+        print("Ctrl-C stops an answer, twice leaves; an empty line starts over.")
+    while True:
+        try:
+            content = input("> " if sys.stdin.isatty() else "")
+        except EOFError:
+            return 0
+        except KeyboardInterrupt:
+            print()
+            return 130
+        if not content.strip():
+            messages = []
+            continue
+        messages.append({"role": "user", "content": content})
+        try:
+            text = answer_to(messages, seed_of(seed, len(messages)))
+        except KeyboardInterrupt:
+            messages.pop()
+            print("(stopped; Ctrl-C once more leaves)")
+            continue
+        print(text, flush=True)
+        messages.append({"role": "assistant", "content": text})
+
+
+def write_samples(args, model, tokenizer, softmask, dtype) -> int:
+    """Samples of a DiT, printed or appended to --out; under torchrun each process takes a share."""
+    device, limit = model.embedding.device, model.config.block_size
     length = limit if args.length is None else args.length
     if not 1 <= length <= limit:
         raise ValueError(f"--length {length}: the network takes 1 to {limit} tokens")
     start = torch.tensor(template(tokenizer, length, args.prompt, args.infill), device=device)
     masks = int((start == model.mask_id).sum())
-    nfe = masks if args.nfe is None else args.nfe
-    how = strategy_of(args, length, nfe)
+    nfe = steps_of(args, masks)
+    how = strategy_of(args, length, nfe, dream=False)
     if nfe < 1 or (how.name in ORDERS and nfe > masks):
         raise ValueError(f"--nfe {nfe}: from 1, and for {how.name} to {masks}, the masks to fill")
     world = join_world(device)
-    digest = hashlib.sha256(model.embedding.detach().cpu().numpy().tobytes()).hexdigest()
+    digest = hashlib.blake2b()
+    for p in model.parameters():
+        digest.update(p.detach().cpu().numpy())
     omegas = softmask.omegas() if softmask is not None else None
-    settings = [digest, omegas, repr(how), schedule, args.reuse_unchanged]
+    schedule = (args.sm_schedule, args.sm_order, args.sm_switch)
+    settings = [digest.hexdigest(), str(dtype), omegas, repr(how), schedule, args.reuse_unchanged]
     samples = Samples(args.out, [*settings, start.tolist(), nfe, args.seed], world)
-    already, passes, batches, begin = samples.done, 0, 0, time.perf_counter()
     k = "V" if softmask is not None and softmask.k is None else softmask and softmask.k
     head = {"strategy": how.name, "nfe": nfe, "k": k, "omegas": omegas, "start": start.tolist()}
     tracing = args.trace and world.rank == 0
     trace = TraceFile(args.trace, head, tokenizer) if tracing else None
+    already, passes, batches, begin = samples.done, 0, 0, time.perf_counter()
     with progress(total=(args.num - already) * nfe, desc="decoding", unit=" steps") as bar:
         while samples.done < args.num:
             first = samples.done + world.rank * args.batch_size
@@ -587,27 +774,35 @@ def main(args: argparse.Namespace) -> None:
             f"{'soft-masked' if softmask is not None else 'binary'}"
         )
     world.leave()
+    return 0
 
 
 def parser() -> Parser:
     p = Parser(description="Decode text.")
     # fmt: off
     add = p.add_argument_group("what").add_argument
-    add("--ckpt", default="out/ckpt.pt", help="a checkpoint, or its folder")
+    add("--ckpt", "--model", default="out/ckpt.pt",
+        help="a checkpoint, a folder, a hub id, dream or dream-coder")
     add("--num", type=int, default=1, help="samples")
     add("--length", type=int, help="tokens of a sample; default: the network's length")
-    add("--prompt", default="", help="a prefix that stays")
+    add("--prompt", default="", help="a prefix that stays; for a Dream model a user's message")
+    add("--chat", action="store_true", help="talk with a Dream model")
+    add("--system", help="the system line of the conversation; default: the model's own")
+    add("--new-tokens", type=int, help="tokens of a Dream model's answer; default: 256")
     add("--infill", default="", help=f"a text: each {MASK_TEXT} is filled")
     add("--out", help="append the samples to this JSONL file as they come; what it holds is kept")
     add("--trace", help="write what happened at every step and position to this JSONL file")
     add("--seed", type=int, default=0)
+    add("--watch", action="store_true", help="show a Dream model's answer as it forms")
     add = p.add_argument_group("how").add_argument
     add("--nfe", type=int, help="decoding steps; default: one a masked token")
-    add("--strategy", choices=ANCESTRAL + ORDERS, help="default: mdlm")
+    add("--budget", help="steps as a share of the masked tokens, like 1/4")
+    add("--strategy", choices=ANCESTRAL + ORDERS, help="default: mdlm; for a Dream model entropy")
     add("--preset", choices=("remdm-paper",),
         help="nucleus 0.9; remdm-cap for fewer steps than tokens, else remdm-loop")
-    add("--temperature", type=float, help="default: 1; 0: the most likely token")
-    add("--top-p", type=float, help="nucleus; default: 1, all of the vocabulary")
+    add("--temperature", type=float, help="default: 1, Dream 0.1; 0: the most likely token")
+    add("--top-p", type=float, help="nucleus; default: 1, all of the vocabulary; Dream 0.9")
+    add("--stop-early", action="store_true", help="an answer that ended is filled at once")
     add("--alg-temp", type=float, help="of maskgit_plus, topk_margin, entropy: order at random")
     defaults = ", ".join(f"{name} {eta}" for name, eta in ETA.items())
     add("--eta", type=float, help=f"of remasking; default: {defaults}")
@@ -616,6 +811,8 @@ def parser() -> Parser:
     add("--alpha-on", type=float, help="with this share of tokens drawn; default: 0.9")
     add = p.add_argument_group("soft-masking").add_argument
     add("--no-sm", action="store_true", help="plain masks even with a soft-masked checkpoint")
+    add("--omegas", help="omega_s,omega_a,omega_b (with --k V a fourth, tau) in place of its own")
+    add("--k", help="tokens fed back with --omegas; default: 3; V: all")
     add("--sm-schedule", choices=("none", "linear", "step"), default="none",
         help="soft-masking fades (appendix B.4)")
     add("--sm-order", choices=("sm-binary", "binary-sm"), default="sm-binary", help="out, or in")

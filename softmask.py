@@ -289,12 +289,16 @@ def denoise(
     rows: Tensor | None = None,
     feedback: Feedback | None = None,
     scale: Tensor | float = 1.0,
+    **options,
 ) -> Tensor:
-    """One pass g_theta over x_t (B, L), soft-masked at `rows` if there is feedback: (B, L, D)."""
+    """One pass g_theta over x_t (B, L), soft-masked at `rows` if there is feedback: (B, L, D).
+
+    `options` go to `model.hidden`: `attend` for padded batches, `keep` for keys and values.
+    """
     embeddings = model.embed(xt)  # (B, L, D)
     if feedback is not None:
         embeddings = softmask(embeddings, rows, feedback, model.embedding, scale)
-    return model.hidden(embeddings, sigma)
+    return model.hidden(embeddings, sigma, **options)
 
 
 def first_pass(

@@ -3,7 +3,8 @@
     ours          a zip pickle that `torch.load(weights_only=True)` reads; see `save_checkpoint`
     MDLM          Lightning's zip pickle: `state_dict` ("backbone." keys) and an EMA list
     soft-masked   the same with `tran_head.*`, the omegas (the paper's released checkpoints)
-    hub           a folder or a hub id: config.json and safetensors with "backbone." keys
+    hub           a folder or a hub id: config.json and safetensors with "backbone." keys (MDLM)
+    Dream         the same with Qwen2's keys, in shards; its tokenizer's files beside them
 
 `load_checkpoint` turns each into the same dictionary. No file makes code of its maker's run:
 pickles pass through an unpickler that knows tensors and plain containers, and for which every other
@@ -13,6 +14,7 @@ class is an inert placeholder.
 import collections
 import json
 import pickle
+import sys
 import zipfile
 from pathlib import Path
 
@@ -22,8 +24,8 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from model import DiT, DiTConfig
-from runtime import atomic_write
+from model import DiT, DiTConfig, Dream, DreamConfig
+from runtime import atomic_write, progress
 from softmask import SoftMask
 
 FORMAT = "soft-masked-diffusion 1"
@@ -31,7 +33,12 @@ KEYS = {
     *("config", "model", "ema", "updates", "softmask", "optimizer", "step", "generator", "rng"),
     *("tokenizer", "args", "text"),
 }
-HUB = {"mdlm-owt": "kuleshov-group/mdlm-owt"}
+HUB = {
+    "mdlm-owt": "kuleshov-group/mdlm-owt",
+    "dream": "Dream-org/Dream-v0-Instruct-7B",
+    "dream-coder": "Dream-org/Dream-Coder-v0-Instruct-7B",
+}
+FETCHED = ["*.safetensors*", "config.json", "tokenizer_config.json", "vocab.json", "merges.txt"]
 GPT2_IDS = 50_258  # GPT-2's vocabulary and the mask
 
 
@@ -57,10 +64,14 @@ def save_omegas(folder: Path, step: int, softmask: SoftMask | None) -> None:
             json.dump({"step": step, "k": softmask.k, **softmask.omegas()}, f)
 
 
-def load_checkpoint(path: str, flag: str) -> dict:
+def load_checkpoint(
+    path: str, flag: str, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
+) -> dict:
     """Read any form above into the dictionary of `save_checkpoint`; published forms fill `config`,
     `model`, `ema` (None on the hub), `softmask`, `tokenizer` and `args`.
 
+    Dream's weights are mapped, not read, or go straight to `device`, in `dtype` (None: as they
+    are, float16 in bfloat16); `device` and `dtype` do not matter to the others.
     FileNotFoundError, or ValueError where a file is damaged or another's; both name `flag`.
     """
     place = Path(path)
@@ -76,11 +87,11 @@ def load_checkpoint(path: str, flag: str) -> dict:
         raise FileNotFoundError(f"{flag} {place}: no such file or folder")
     try:
         if place.name == "config.json":
-            return _from_hub(place.parent)
+            return _from_hub(place.parent, None, device, dtype)
         with open(place, "rb") as f:
             start = f.read(9)
         if start[8:] == b"{":  # safetensors: the length of a JSON header in eight bytes, then it
-            return _from_hub(place.parent, [place])
+            return _from_hub(place.parent, [place], device, dtype)
         state = read_zip(place)
         if isinstance(state, dict) and state.get("format") == FORMAT:
             missing = KEYS - state.keys()
@@ -104,11 +115,12 @@ def _download(repository: str, flag: str) -> Path:
     from huggingface_hub import snapshot_download  # slow to import, and most runs do without
 
     try:
-        return Path(snapshot_download(repository, allow_patterns=["config.json", "*.safetensors*"]))
+        return Path(snapshot_download(repository, allow_patterns=FETCHED))
     except Exception as error:  # the client's own errors, and those of the network under it
         raise FileNotFoundError(
             f"{flag} {repository}: not in the cache and not downloaded ({type(error).__name__}); "
-            f"fetch its config.json and model.safetensors from the hub into a folder and name that"
+            "fetch its config.json and model.safetensors (all shards and their index; for Dream "
+            "vocab.json and merges.txt) from the hub into a folder and name that"
         ) from None
 
 
@@ -262,7 +274,7 @@ def _released_omegas(weights: dict) -> dict | None:
     return {"k": softmask.k, "state": softmask.state_dict()}
 
 
-def _from_hub(folder: Path, files: list[Path] | None = None) -> dict:
+def _from_hub(folder: Path, files: list[Path] | None, device, dtype) -> dict:
     index = folder / "model.safetensors.index.json"
     where = None
     if files is None and index.exists():
@@ -271,20 +283,104 @@ def _from_hub(folder: Path, files: list[Path] | None = None) -> dict:
     files = files or sorted(folder.glob("*.safetensors"))
     if not files:
         raise ValueError("no .safetensors beside its config.json")
-    weights = {}
-    for file in files:
-        if not file.exists():
-            raise ValueError(f"its shard {file.name} is missing; fetch it again")
-        with safe_open(file, framework="pt") as f:
-            weights |= {key: f.get_tensor(key) for key in f.keys()}
-    absent = sorted(set(where or ()) - weights.keys())
-    if absent:
-        raise ValueError(f"its index names {absent[0]}, which no shard holds")
     hub = {}
     if (folder / "config.json").exists():
         hub = json.loads((folder / "config.json").read_text())
+    weights, formats = {}, set()
+    for file in progress(files, desc="loading", unit=" files", delay=1):
+        if not file.exists():
+            raise ValueError(f"its shard {file.name} is missing; fetch it again")
+        with safe_open(file, framework="pt") as f:
+            for key in f.keys():
+                weight = f.get_tensor(key)  # mapped: no memory is taken until it is used
+                formats.add(weight.dtype)
+                if key.startswith(("model.", "lm_head.")):
+                    wanted = dtype or (None if weight.dtype != torch.float16 else torch.bfloat16)
+                    weight = weight.to(device, wanted)
+                weights[key] = weight
+    absent = sorted(set(where or ()) - weights.keys())
+    if absent:
+        raise ValueError(f"its index names {absent[0]}, which no shard holds")
+    if "model.embed_tokens.weight" in weights:
+        if torch.float16 in formats:
+            print(f"{folder}: float16 weights, taken as bfloat16", file=sys.stderr)
+        return _dream(weights, hub, folder)
     config, model = _published(weights, hub)
     return _state(config, model, None, None)
+
+
+def dream_name(name: str) -> str:
+    """Our name of a parameter of Dream's (Qwen2's) files."""
+    for old, new in (
+        ("model.embed_tokens.weight", "embedding"), ("lm_head.", "head."), ("model.", ""),
+        ("self_attn.", ""), ("mlp.", ""),
+    ):  # fmt: skip
+        name = name.replace(old, new)
+    return name
+
+
+def _dream(weights: dict[str, Tensor], hub: dict, folder: Path) -> dict:
+    """The state of a Dream network; ValueError where config.json asks for what it does not do."""
+    if not hub:
+        raise ValueError("no config.json beside it, which a Dream network needs")
+    rope = hub.get("rope_parameters") or {}
+    scaling = hub.get("rope_scaling") or (
+        rope if rope.get("rope_type", "default") != "default" else None
+    )
+    heads, width = hub.get("num_attention_heads"), hub.get("hidden_size")
+    unsupported = {
+        "rope_scaling": scaling,
+        "hidden_act": hub.get("hidden_act", "silu") != "silu" and hub["hidden_act"],
+        "use_sliding_window": hub.get("use_sliding_window"),
+        "tie_word_embeddings": hub.get("tie_word_embeddings"),
+        "layer_types": set(hub.get("layer_types") or ()) - {"full_attention"},
+        "head_dim": hub.get("head_dim") not in (None, width // heads) and hub["head_dim"],
+    }
+    for name, value in unsupported.items():
+        if value:
+            raise ValueError(f"config.json's {name} {value}: not supported")
+    config = DreamConfig(
+        vocab_size=hub["vocab_size"],
+        block_size=hub.get("max_position_embeddings", DreamConfig.block_size),
+        n_layers=hub["num_hidden_layers"],
+        n_heads=heads,
+        n_kv_heads=hub.get("num_key_value_heads", heads),
+        width=width,
+        mlp_width=hub["intermediate_size"],
+        mask_id=hub.get("mask_token_id", DreamConfig.mask_id),
+        rope_base=float(hub.get("rope_theta") or rope.get("rope_theta") or DreamConfig.rope_base),
+        rms_eps=hub.get("rms_norm_eps", DreamConfig.rms_eps),
+    )
+    with torch.device("meta"):
+        want = {name: p.shape for name, p in Dream(config).named_parameters()}
+    found = {name: w for name, w in weights.items() if "inv_freq" not in name}
+    names = {name: dream_name(name) for name in found}
+    theirs = {ours: name for name, ours in names.items()}
+    wanted = {theirs.get(name, name): shape for name, shape in want.items()}
+    _must_fit(found, wanted, f"a Dream network of {config.n_layers} layers")
+    return {
+        "format": FORMAT, "config": config.to_dict(), "ema": None, "softmask": None, "step": 0,
+        "model": {names[name]: weight for name, weight in found.items()},
+        "tokenizer": {"name": "dream", "folder": str(folder)},
+        "args": {"data": None, "block_size": None},
+    }  # fmt: skip
+
+
+def _must_fit(found: dict, want: dict[str, torch.Size], what: str) -> None:
+    """ValueError that names the first missing, unexpected, misshapen and non-float tensors."""
+    tensors = {name for name, value in found.items() if isinstance(value, Tensor)}
+    misshapen = [n for n in want if n in tensors and found[n].shape != want[n]]
+    problems = [f"missing {name}" for name in [n for n in want if n not in tensors][:1]]
+    problems += [f"unexpected {name}" for name in sorted(found.keys() - want.keys())[:1]]
+    problems += [
+        f"{name} of shape {tuple(found[name].shape)}, where {tuple(want[name])} fits"
+        for name in misshapen[:1]
+    ]
+    if problems:
+        raise ValueError(f"not {what}: {', '.join(problems)}")
+    integer = [name for name in want if not found[name].is_floating_point()]
+    if integer:
+        raise ValueError(f"{integer[0]} holds {found[integer[0]].dtype}, not weights")
 
 
 def _published(weights: dict, hub: dict | None = None) -> tuple[DiTConfig, dict[str, Tensor]]:
@@ -319,25 +415,9 @@ def _published(weights: dict, hub: dict | None = None) -> tuple[DiTConfig, dict[
     for key, value in (stated | {"cond_dim": config.cond_dim}).items():
         if hub.get(key, value) != value:
             raise ValueError(f"config.json says {key} {hub[key]}, the weights {value}")
-    names = mdlm_names(n_layers)
-    want = _shapes(config)
-    problems = []
-    missing = [p for p, _ in names if not isinstance(found.get(p), Tensor)]
-    unexpected = sorted(found.keys() - {p for p, _ in names})
-    misshapen = [p for p, o in names if p not in missing and found[p].shape != want[o]]
-    if missing:
-        problems.append(f"missing {missing[0]}")
-    if unexpected:
-        problems.append(f"unexpected {unexpected[0]}")
-    if misshapen:
-        p = misshapen[0]
-        fits = tuple(want[dict(names)[p]])
-        problems.append(f"{p} of shape {tuple(found[p].shape)}, where {fits} fits")
-    if problems:
-        raise ValueError(f"not an MDLM network of {n_layers} blocks: {', '.join(problems)}")
-    integer = [p for p, _ in names if not found[p].is_floating_point()]
-    if integer:
-        raise ValueError(f"{integer[0]} holds {found[integer[0]].dtype}, not weights")
+    names, shapes = mdlm_names(n_layers), _shapes(config)
+    want = {theirs: shapes[ours] for theirs, ours in names}
+    _must_fit(found, want, f"an MDLM network of {n_layers} blocks")
     return config, {ours: found[p].float() for p, ours in names}
 
 
@@ -359,11 +439,17 @@ def _state(config: DiTConfig, model: dict, ema: list | None, softmask: dict | No
 # Networks
 
 
-def build_model(state: dict, ema: bool, **changes) -> DiT:
+def build_model(state: dict, ema: bool, **changes) -> DiT | Dream:
     """The network of a checkpoint with its EMA weights where asked for and there, or its raw ones;
     `changes` replace config entries. ValueError where the parts do not belong together."""
     try:
-        model = DiT(DiTConfig(**state["config"] | changes))
+        config = state["config"] | changes
+        if "n_kv_heads" in config:
+            with torch.device("meta"):  # its weights are taken as they are, without a copy
+                model = Dream(DreamConfig(**config))
+            model.load_state_dict(state["model"], assign=True)
+            return model
+        model = DiT(DiTConfig(**config))
         model.load_state_dict(state["model"])
         if ema and state["ema"] is not None:
             for p, shadow in zip(model.parameters(), state["ema"], strict=True):

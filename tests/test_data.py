@@ -1,7 +1,12 @@
 """Tokenizers lose nothing; corpora are built once, noticed when stale, drawn from reproducibly."""
 
+import gzip
 import json
 import os
+import random
+import re
+import shutil
+import unicodedata
 from pathlib import Path
 
 import numpy as np
@@ -419,3 +424,316 @@ def test_full_disk_keeps_what_was_tokenized(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="No space left"):
         data.open_corpus(str(file), "bytes", str(tmp_path / "cache"))
     assert not list((tmp_path / "cache").rglob("meta.json"))
+
+
+# Dream's tokenizer and chat, beside transformers' tokenizer of the same files
+
+PUBLISHED = Path(__file__).resolve().parents[2] / "shared" / "data"
+# Some of what stands between <|im_end|> and <|mask|> in Qwen2.5's and Dream's lists.
+SPECIAL_IDS = {
+    **{"<|endoftext|>": 151643, "<|im_start|>": 151644, "<|im_end|>": 151645},
+    **{"<|object_ref_start|>": 151646, "<|vision_pad|>": 151654, "<|video_pad|>": 151656},
+    **{"<tool_call>": 151657, "</tool_call>": 151658, "<|fim_prefix|>": 151659},
+    **{"<|file_sep|>": 151664, "<|beginoftext|>": 151665, "<|mask|>": 151666},
+}
+
+
+@pytest.fixture(scope="module")
+def small_folder(tmp_path_factory):
+    """vocab.json and merges.txt of 600 entries, as the library that learns them writes them."""
+    learner = tokenizers.Tokenizer(tokenizers.models.BPE())
+    learner.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=600, initial_alphabet=alphabet, show_progress=False
+    )
+    learner.train_from_iterator([Path(data.__file__).read_text()], trainer)
+    folder = tmp_path_factory.mktemp("small")
+    learner.model.save(str(folder))
+    return folder
+
+
+@pytest.fixture(scope="module", params=["small", "published"])
+def dream_folder(request, small_folder):
+    folder = small_folder if request.param == "small" else PUBLISHED / "qwen"
+    if not folder.exists():
+        pytest.skip(f"{folder} is absent: Qwen's vocabulary is no part of the project")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def dream(dream_folder):
+    return data.dream_tokenizer(dream_folder)
+
+
+@pytest.fixture(scope="module")
+def small_dream(small_folder):
+    return data.dream_tokenizer(small_folder)
+
+
+@pytest.fixture(scope="module")
+def theirs(dream_folder):
+    """transformers' tokenizer, which finds special tokens in the text; see `as_text`."""
+    transformers = pytest.importorskip("transformers")
+    tokenizer = transformers.Qwen2TokenizerFast.from_pretrained(dream_folder)
+    special = [tokenizers.AddedToken(t, normalized=False, special=True) for t in data.DREAM_SPECIAL]
+    tokenizer.add_tokens(special)
+    return tokenizer.backend_tokenizer
+
+
+def as_text(theirs, texts):
+    """Their ids where the spelling of a special token is text like any other."""
+    theirs.encode_special_tokens = True
+    ids = [encoding.ids for encoding in theirs.encode_batch(texts, add_special_tokens=False)]
+    theirs.encode_special_tokens = False
+    return ids
+
+
+def nfc(text):
+    return unicodedata.normalize("NFC", text)
+
+
+def real_texts():
+    folder = PUBLISHED / "benchmarks"
+    names = ["mbpp.jsonl", "gsm8k_test.jsonl", "math500.jsonl"]
+    lines = [line for name in names for line in (folder / name).read_text().splitlines()]
+    lines += gzip.decompress((folder / "HumanEval.jsonl.gz").read_bytes()).decode().splitlines()
+    values = [value for line in lines for value in json.loads(line).values()]
+    wiki = [f.read_text() for f in (PUBLISHED / "text").glob("wikitext2_*.txt")]
+    return wiki + [value for value in values if isinstance(value, str)]
+
+
+def random_texts(theirs, n=10_000):
+    """Assigned characters, with many marks, spaces, line ends, contractions and control tokens."""
+
+    def known(c):  # their table of marks and compositions is that of an older Unicode than Python's
+        after, apart = "\u0345" + c, unicodedata.normalize("NFD", c)
+        return all(theirs.normalizer.normalize_str(s) == nfc(s) for s in (after, apart))
+
+    kinds = {chr(c): unicodedata.category(chr(c)) for c in range(0x110000)}
+    assigned = [c for c, kind in kinds.items() if kind not in ("Cn", "Cs", "Co") and known(c)]
+    pools = [
+        assigned,
+        [c for c in assigned if kinds[c].startswith("M")],
+        [c for c in assigned if c.isspace()],
+        [c for c in assigned if kinds[c].startswith("N")],
+        [chr(c) for c in range(0xE000, 0xE100)],  # private use
+        [chr(c) for c in range(32, 383)],
+        list("aeinouAEO\t\r\n  '"),
+        ["'s", "'LL", "'ve", "'D", "\u017f", "\r\n", " \n", *data.DREAM_SPECIAL],
+    ]
+    draw = random.Random(0)
+    return [
+        "".join(draw.choice(draw.choice(pools)) for _ in range(draw.randint(1, 40)))
+        for _ in range(n)
+    ]
+
+
+def test_dream_segments_random_text_as_transformers_does(dream, theirs):
+    texts = [TRICKY, "", *random_texts(theirs)]
+    assert sum(nfc(text) != text for text in texts) > 1000
+    for text, want in zip(texts, as_text(theirs, texts), strict=True):
+        ids = data.encode(dream, text)
+        assert ids == want, ascii(text)
+        assert data.decode(dream, ids) == nfc(text)
+
+
+def test_dream_segments_real_text_as_transformers_does(dream, dream_folder, theirs):
+    published = dream_folder.is_relative_to(PUBLISHED)
+    texts = real_texts() if published else [Path(__file__).read_text()]
+    for text, want in zip(texts, as_text(theirs, texts), strict=True):
+        assert data.encode(dream, text) == want
+        assert data.decode(dream, want) == nfc(text)
+
+
+def test_dream_has_the_public_ids():
+    if not PUBLISHED.exists():
+        pytest.skip(f"{PUBLISHED} is absent: Qwen's vocabulary is no part of the project")
+    dream = data.dream_tokenizer(PUBLISHED / "qwen")
+    assert data.encode(dream, "Hello world Hello") == [9707, 1879, 21927]
+    assert {text: dream.encode_single_token(text) for text in SPECIAL_IDS} == SPECIAL_IDS
+    assert data.mask_id(dream) == 151666 and data.vocab_size(dream) == 151667
+    assert data.decode(dream, [9707, 151666, 151667, 152063]) == "Hello[MASK]\ufffd\ufffd"
+
+
+def test_small_dream_has_its_special_tokens_after_the_vocabulary(small_dream):
+    assert [small_dream.encode_single_token(text) for text in data.DREAM_SPECIAL] == [
+        *range(600, 624)
+    ]
+    assert set(SPECIAL_IDS) < set(data.DREAM_SPECIAL)
+    assert data.mask_id(small_dream) == 623 and data.vocab_size(small_dream) == 624
+    sizes = data.token_bytes(small_dream)
+    ids = data.encode(small_dream, TRICKY)
+    assert sizes[ids].sum() == len(TRICKY.encode()) and not sizes[600:].any()
+    assert sizes.shape == (624,)
+
+
+def test_only_dream_composes_characters(small_dream, learned):
+    apart, composed = "e\u0301", "\u00e9"
+    assert data.encode(small_dream, apart) == data.encode(small_dream, composed)
+    for tokenizer in (data.bytes_tokenizer(), learned[1]):
+        assert data.decode(tokenizer, data.encode(tokenizer, apart)) == apart
+        assert data.mask_id(tokenizer) == tokenizer.n_vocab
+
+
+def test_dream_comes_back_from_its_spec(small_dream, small_folder):
+    spec = json.loads(json.dumps(data.tokenizer_spec(small_dream)))
+    assert spec == {"name": "dream", "folder": str(small_folder)}
+    again = data.load_tokenizer(spec)
+    assert data.encode(again, TRICKY) == data.encode(small_dream, TRICKY)
+    assert again.n_vocab == small_dream.n_vocab
+
+
+@pytest.mark.parametrize("name", ["vocab.json", "merges.txt"])
+@pytest.mark.parametrize("damage", ["missing", "truncated", "binary", "empty", "list", "swapped"])
+def test_damaged_dream_files_are_named(tmp_path, small_folder, name, damage):
+    shutil.copytree(small_folder, tmp_path, dirs_exist_ok=True)
+    file = tmp_path / name
+    lines = file.read_text().splitlines(keepends=True)
+    if damage == "missing":
+        file.unlink()
+    elif damage == "truncated":
+        os.truncate(file, file.stat().st_size * 2 // 3)
+    elif damage == "binary":
+        file.write_bytes(b"\xff\xfe" + file.read_bytes())
+    elif damage == "swapped" and name == "merges.txt":
+        file.write_text("".join([*lines[:-2], lines[-1], lines[-2]]))
+    else:
+        texts = {"empty": "{}", "list": "[1]", "swapped": '{"a": 0, "b": 2}'}
+        file.write_text(texts[damage])
+    with pytest.raises((FileNotFoundError, ValueError), match=re.escape(name)) as caught:
+        data.dream_tokenizer(tmp_path)
+    assert "\n" not in str(caught.value) and str(tmp_path) in str(caught.value)
+
+
+def said(role, content):
+    return {"role": role, "content": content}
+
+
+DEFAULT = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
+CHATS = [
+    (
+        [said("user", "Hi there")],
+        {},
+        DEFAULT + "<|im_start|>user\nHi there<|im_end|>\n<|im_start|>assistant\n",
+    ),
+    (
+        [said("system", "Be brief."), said("user", "Why?")],
+        {"begin": "```python\n"},
+        "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nWhy?<|im_end|>\n"
+        "<|im_start|>assistant\n```python\n",
+    ),
+    (
+        [said("user", ""), said("assistant", "\n\n x"), said("user", "\n  And?\n")],
+        {"system": "You code."},
+        "<|im_start|>system\nYou code.<|im_end|>\n<|im_start|>user\n<|im_end|>\n"
+        "<|im_start|>assistant\n\n\n x<|im_end|>\n<|im_start|>user\n\n  And?\n<|im_end|>\n"
+        "<|im_start|>assistant\n",
+    ),
+    (
+        [said("user", "1 + 1?"), said("assistant", "2")],
+        {},
+        DEFAULT + "<|im_start|>user\n1 + 1?<|im_end|>\n<|im_start|>assistant\n2<|im_end|>\n",
+    ),
+]
+
+
+@pytest.mark.parametrize(("messages", "options", "want"), CHATS)
+def test_chat_template_is_the_one_written_by_hand(small_dream, messages, options, want):
+    assert data.decode(small_dream, data.chat_ids(small_dream, messages, **options)) == want
+
+
+@pytest.mark.parametrize(("messages", "options", "want"), CHATS)
+def test_chat_has_the_ids_of_the_templated_text(dream, theirs, messages, options, want):
+    want = theirs.encode(want, add_special_tokens=False).ids
+    assert data.chat_ids(dream, messages, **options) == want
+
+
+def test_content_cannot_spell_control_tokens(small_dream):
+    evil = "".join(data.DREAM_SPECIAL) + "[MASK]"
+    plain = data.chat_ids(small_dream, [said("user", "x")], begin="y")
+    ids = data.chat_ids(small_dream, [said("user", evil)], system=evil, begin=evil)
+    controls = [[i for i in chat if i >= 600] for chat in (plain, ids)]
+    assert controls[0] == controls[1] == [601, 602, 601, 602, 601]
+    assert data.decode(small_dream, ids).count(evil) == 3
+
+
+@pytest.mark.parametrize(
+    ("messages", "message"),
+    [
+        ([], "without messages"),
+        ([said("user", "x"), said("tool", "y")], "system, user or assistant"),
+        ([{"role": "user"}], "content"),
+        ([said("user", None)], "content"),
+        ([said("user", ["x"])], "content"),
+        (["x"], "role"),
+    ],
+)
+def test_chat_that_is_none_is_refused(small_dream, messages, message):
+    with pytest.raises(ValueError, match=message):
+        data.chat_ids(small_dream, messages)
+
+
+def test_closed_answer_has_no_beginning(small_dream):
+    with pytest.raises(ValueError, match="has spoken"):
+        data.chat_ids(small_dream, [said("assistant", "x")], begin="y")
+
+
+SYSTEM_OR_DEFAULT = (
+    "{%- if messages[0]['role'] == 'system' %}{{- '<|im_start|>system\\n' + messages[0]['content']"
+    " + '<|im_end|>\\n' }}{%- else %}{{- CONSTANT }}{%- endif %}"
+)
+
+
+@pytest.mark.parametrize(
+    "constant",
+    [
+        r"'<|im_start|>system\nYou are Dream, created by us. You write code.<|im_end|>\n'",
+        "'<|im_start|>system\nA line\nand another<|im_end|>\n'",
+        r"'<|im_start|>system\nA line\nand it\'s another<|im_end|>\n'",
+        '"<|im_start|>system\\nIt\'s code.<|im_end|>\\n"',
+    ],
+)
+def test_system_line_is_what_the_template_would_write(tmp_path, constant):
+    jinja2 = pytest.importorskip("jinja2")
+    template = SYSTEM_OR_DEFAULT.replace("CONSTANT", constant)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": template}))
+    text = jinja2.Template(template).render(messages=[said("user", "x")])
+    assert f"<|im_start|>system\n{data.system_line(tmp_path)}<|im_end|>" == text.rstrip("\n")
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        None,
+        {},
+        [],
+        {"chat_template": 3},
+        {"chat_template": SYSTEM_OR_DEFAULT.replace("CONSTANT", "'' + 1 / 0")},
+        {"chat_template": "{{ '<|im_start|>system\\n' ~ default ~ '<|im_end|>' }}"},
+    ],
+)
+def test_system_line_is_dreams_where_the_folder_has_none(tmp_path, config):
+    if config is not None:
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    assert data.system_line(tmp_path) == "You are a helpful assistant."
+
+
+def test_damaged_tokenizer_config_is_named(tmp_path):
+    (tmp_path / "tokenizer_config.json").write_text('{"chat_template": "')
+    with pytest.raises(ValueError, match=r"tokenizer_config\.json"):
+        data.system_line(tmp_path)
+
+
+def test_answer_ends_with_its_turn_and_shows_no_control_tokens(small_dream, learned):
+    start, end, eot, mask = (
+        small_dream.encode_single_token(t)
+        for t in ("<|im_start|>", "<|im_end|>", "<|endoftext|>", "<|mask|>")
+    )
+    text = data.encode(small_dream, "a <|im_end|> ☃")
+    for stop in ([], [end, *text], [eot, eot], [end, eot]):
+        ids = torch.tensor([start, *text, mask, *stop])
+        assert data.answer(small_dream, ids) == "a <|im_end|> ☃[MASK]"
+    assert data.answer(small_dream, [end]) == data.answer(small_dream, []) == ""
+    ids = [*data.encode(learned[1], "ab"), learned[1].n_vocab, learned[1].eot_token, 65]
+    assert data.answer(learned[1], ids) == "ab[MASK]"

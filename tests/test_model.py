@@ -4,9 +4,11 @@ import math
 
 import pytest
 import torch
+from conftest import randomise
 from torch import Tensor
 
-from model import SIZES, DiT, DiTConfig, rotary_table, rotate
+from model import DREAM_SIZES, SIZES, DiT, DiTConfig, Dream, DreamConfig, rotary, rotate
+from weights import dream_name
 
 V, L, D = 11, 6, 16  # of the `tiny` network
 
@@ -269,7 +271,7 @@ def test_without_time_conditioning_the_network_is_told_sigma_zero(tiny):
 
 
 def test_rotation_equals_multiplication_by_complex_phases():
-    cos, sin = rotary_table(9, 8, 10000.0)
+    cos, sin = rotary(torch.arange(9), 8, 10000.0)
     x = torch.randn(2, 9, 3, 8)
     turned = rotate(x, cos, sin)
     for b in range(2):
@@ -279,7 +281,7 @@ def test_rotation_equals_multiplication_by_complex_phases():
 
 
 def test_attention_scores_depend_on_relative_positions_only():
-    cos, sin = rotary_table(40, 8, 10000.0)
+    cos, sin = rotary(torch.arange(40), 8, 10000.0)
     q, k = torch.randn(1, 1, 1, 8).expand(1, 40, 1, 8), torch.randn(1, 1, 1, 8).expand(1, 40, 1, 8)
     scores = rotate(q, cos, sin)[0, :, 0] @ rotate(k, cos, sin)[0, :, 0].T  # (40, 40)
     for offset in range(-39, 40):
@@ -289,7 +291,7 @@ def test_attention_scores_depend_on_relative_positions_only():
 
 
 def test_rotation_keeps_lengths_and_leaves_position_zero_alone():
-    cos, sin = rotary_table(9, 8, 10000.0)
+    cos, sin = rotary(torch.arange(9), 8, 10000.0)
     x = torch.randn(1, 9, 2, 8)
     turned = rotate(x, cos, sin)
     torch.testing.assert_close(turned.norm(dim=-1), x.norm(dim=-1))
@@ -317,3 +319,126 @@ def test_dropout_acts_on_the_branches_not_on_the_embeddings(tiny):
     skipped.load_state_dict(model.state_dict())
     skipped.blocks = torch.nn.ModuleList()
     torch.testing.assert_close(forward(model, tokens), forward(skipped, tokens))
+
+
+# Dream, beside transformers' Qwen2 with a full mask
+
+
+def qwen2(**sizes):
+    transformers = pytest.importorskip("transformers")
+    c = DreamConfig(**{**DREAM_SIZES["dream-tiny"], **sizes})
+    config = transformers.Qwen2Config(
+        vocab_size=c.vocab_size, hidden_size=c.width, intermediate_size=c.mlp_width,
+        num_hidden_layers=c.n_layers, num_attention_heads=c.n_heads,
+        num_key_value_heads=c.n_kv_heads, rope_theta=c.rope_base, rms_norm_eps=c.rms_eps,
+        max_position_embeddings=c.block_size, tie_word_embeddings=False,
+        attn_implementation="sdpa",
+    )  # fmt: skip
+    theirs = transformers.Qwen2ForCausalLM(config).eval()
+    randomise(theirs)
+    ours = Dream(c).eval()
+    ours.load_state_dict({dream_name(name): p for name, p in theirs.state_dict().items()})
+    return theirs, ours
+
+
+@torch.no_grad()
+def their_logits(theirs, tokens, attend):
+    """Row l predicts token l + 1, every real row looks at every real row: (B, L, V)."""
+    length = tokens.shape[1]
+    allowed = attend[:, None, None, :] | torch.eye(length, dtype=torch.bool)
+    mask = torch.zeros(len(tokens), 1, length, length).masked_fill(~allowed, -1e30)
+    places = (attend.long().cumsum(1) - 1).clamp(min=0)
+    return theirs(input_ids=tokens, attention_mask=mask, position_ids=places).logits
+
+
+@pytest.mark.parametrize(
+    ("sizes", "length"),
+    [
+        ({}, 9),
+        ({"n_kv_heads": 4}, 16),
+        ({"n_heads": 14, "n_kv_heads": 2, "width": 112, "n_layers": 3}, 33),
+        ({"n_heads": 2, "n_kv_heads": 1, "mlp_width": 24, "rms_eps": 1e-5}, 1),
+        ({"rope_base": 1e4}, 300),
+    ],
+)
+def test_dream_gives_the_logits_of_qwen2_shifted_by_one(sizes, length):
+    theirs, ours = qwen2(**sizes)
+    tokens = torch.randint(511, (3, length))
+    want = their_logits(theirs, tokens, torch.ones_like(tokens, dtype=torch.bool))
+    with torch.no_grad():
+        got = ours.logits(ours.hidden(ours.embed(tokens)))
+    torch.testing.assert_close(got[:, 1:], want[:, :-1], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(got[:, 0], want[:, 0], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_changes_nothing_for_real_tokens(side):
+    theirs, ours = qwen2(n_heads=14, n_kv_heads=2, width=112)
+    tokens, lengths = torch.randint(511, (4, 20)), [20, 13, 7, 1]
+    attend = torch.stack([torch.arange(20) < n for n in lengths])
+    attend = attend.flip(1) if side == "left" else attend
+    want = their_logits(theirs, tokens, attend)
+    with torch.no_grad():
+        got = ours.logits(ours.hidden(ours.embed(tokens), attend=attend))
+        for row, real, n, line, shifted in zip(got, attend, lengths, tokens, want):
+            alone = ours.logits(ours.hidden(ours.embed(line[real][None])))[0]
+            torch.testing.assert_close(row[real], alone, atol=1e-4, rtol=1e-4)
+            torch.testing.assert_close(row[real][1:], shifted[real][:-1], atol=1e-4, rtol=1e-4)
+            assert len(alone) == n
+    assert got.isfinite().all()
+
+
+def test_padding_changes_nothing_for_a_dit(tiny):
+    model = tiny()
+    tokens = torch.randint(10, (2, 6))
+    attend = torch.tensor([[True] * 6, [False] * 2 + [True] * 4])
+    with torch.no_grad():
+        got = model.hidden(model.embed(tokens), attend=attend)
+        alone = model.hidden(model.embed(tokens[1:, 2:]))
+    torch.testing.assert_close(got[1:, 2:], alone, atol=1e-5, rtol=1e-4)
+
+
+def test_gradients_reach_dreams_inputs_with_and_without_checkpointing():
+    model = Dream(DreamConfig(**DREAM_SIZES["dream-tiny"]))
+    embeddings = model.embed(torch.randint(511, (2, 8))).detach()
+    gradients = []
+    for on in (False, True):
+        model.checkpoint_activations = on
+        x = embeddings.clone().requires_grad_()
+        model.logits(model.hidden(x)).square().sum().backward()
+        gradients.append(x.grad)
+    assert torch.equal(*gradients) and (gradients[0].abs().sum(-1) > 0).all()
+
+
+@pytest.mark.parametrize(
+    "model",
+    [Dream(DreamConfig(**DREAM_SIZES["dream-tiny"])), DiT(DiTConfig(512, **SIZES["nano"]))],
+    ids=["dream", "dit"],
+)
+def test_keys_and_values_of_each_layer_can_be_kept_and_replaced(model):
+    randomise(model)
+    tokens, kept = torch.randint(500, (2, 8)), {}
+
+    def keep(layer, k, v):
+        kept[layer] = k, v
+        return k, v
+
+    plain = model.hidden(model.embed(tokens))
+    torch.testing.assert_close(model.hidden(model.embed(tokens), keep=keep), plain)
+    assert list(kept) == list(range(model.config.n_layers))
+    again = model.hidden(model.embed(tokens), keep=lambda layer, k, v: kept[layer])
+    torch.testing.assert_close(again, plain)
+    without = model.hidden(model.embed(tokens), keep=lambda layer, k, v: (k, 0 * v))
+    assert not torch.allclose(without, plain)
+
+
+def test_impossible_dream_shapes_are_refused():
+    for sizes in ({"n_kv_heads": 3}, {"width": 66}, {"mask_id": 512}):
+        with pytest.raises(ValueError):
+            DreamConfig(**{**DREAM_SIZES["dream-tiny"], **sizes})
+
+
+def test_dream_7b_has_the_published_number_of_parameters():
+    with torch.device("meta"):
+        model = Dream(DreamConfig(**DREAM_SIZES["dream-7b"]))
+    assert sum(p.numel() for p in model.parameters()) == 7_615_616_512

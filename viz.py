@@ -1,0 +1,106 @@
+"""Pictures: so far the decoding as it happens in a terminal (`sample.py --chat`, `--watch`).
+
+Final tokens are plain, soft masks show their leading candidate, the paler the smaller lambda,
+plain masks are dots.
+"""
+
+import os
+import shutil
+import sys
+import unicodedata
+from collections.abc import Callable, Iterable, Iterator
+
+MASK_SIGN, RESET = "·", "\x1b[0m"
+PALEST, BRIGHTEST = 236, 250  # of the 24 greys of a terminal of 256 colours, for lambda 0 and 1
+
+
+class TerminalView:
+    """One sequence, drawn again after every step over what was drawn before.
+
+    `spell(ids)` turns ids into text, `start` is the sequence to begin with, of which positions
+    from `first` on are shown. Where the stream is no terminal nothing is drawn; where it has no
+    colours (NO_COLOR, TERM=dumb) soft masks look like plain ones.
+    """
+
+    def __init__(
+        self,
+        spell: Callable[[Iterable[int]], str],
+        start: list[int],
+        mask_id: int,
+        first: int = 0,
+        stream=None,
+    ):
+        self.spell, self.mask_id, self.first = spell, mask_id, first
+        self.stream = stream or sys.stdout
+        self.ids, self.soft, self.height = list(start), {}, 0
+        self.live = self.stream.isatty() and os.environ.get("TERM") != "dumb"
+        self.colours = self.live and "NO_COLOR" not in os.environ
+
+    def __enter__(self):
+        self._write("\x1b[?25l")  # no cursor meanwhile
+        return self
+
+    def __exit__(self, *exc):
+        self._clear()
+        self._write(RESET + "\x1b[?25h")
+
+    def update(self, entry: dict) -> None:
+        """Take one entry of a trace (`sample.generate`) and draw."""
+        for position, token in entry["drawn"]:
+            self.ids[position] = token
+        for position in entry["remasked"]:
+            self.ids[position] = self.mask_id
+        self.soft = {position: (v[0], lam) for position, lam, _, v, _ in entry["soft"] if v}
+        if self.live:
+            columns, rows = shutil.get_terminal_size()
+            lines = list(self._lines(columns))[-(rows - 1) :]
+            self._clear()
+            self._write("\n".join(lines) + RESET)
+            self.height = len(lines)
+
+    def cells(self) -> Iterator[tuple[str, int | None]]:
+        """(text, grey) of the runs to show; grey None for final text."""
+        run: list[int] = []
+        for position in range(self.first, len(self.ids)):
+            token = self.ids[position]
+            if token != self.mask_id:
+                run.append(token)
+                continue
+            if run:
+                yield self.spell(run), None
+                run = []
+            if position in self.soft and self.colours:
+                candidate, lam = self.soft[position]
+                text = self.spell([candidate]).replace("\n", "↵") or MASK_SIGN
+                yield text, PALEST + round(min(max(lam, 0.0), 1.0) * (BRIGHTEST - PALEST))
+            else:
+                yield MASK_SIGN, PALEST
+        if run:
+            yield self.spell(run), None
+
+    def _lines(self, columns: int) -> Iterator[str]:
+        line, width = "", 0
+        for text, grey in self.cells():
+            if self.colours:
+                line += RESET if grey is None else f"\x1b[38;5;{grey}m"
+            for char in text:
+                size = 2 if unicodedata.east_asian_width(char) in "WF" else 1
+                if char == "\n" or width + size > columns:
+                    yield line
+                    line, width = "", 0
+                if char == "\t":
+                    char = " "
+                if char.isprintable():
+                    line, width = line + char, width + size
+        yield line
+
+    def _clear(self) -> None:
+        if self.height:
+            up = f"\x1b[{self.height - 1}A" if self.height > 1 else ""
+            self._write(f"{up}\r\x1b[J")
+            self.height = 0
+
+    def _write(self, text: str) -> None:
+        if self.live:
+            self.stream.write(text)
+            self.stream.flush()
