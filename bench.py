@@ -3,26 +3,33 @@
     python bench.py step          # a training step of the 169M network: SM, binary, textbook
     python bench.py decode        # a decoding step of it, half of the positions masked
     python bench.py memory        # the peak memory of both
+    python bench.py dream         # Dream-7B's shape with random weights, from disk (15.2 GB)
 
 Ratios and medians: the sides of a ratio take turns, so that a noisy machine is noisy for both.
 """
 
 import argparse
 import contextlib
+import json
+import shutil
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from itertools import pairwise
+from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
-from model import SIZES, DiT, DiTConfig
+from model import DREAM_SIZES, SIZES, DiT, DiTConfig, Dream, DreamConfig
 from runtime import Parser, autocast, generator, pick_device, pick_dtype, progress, run
 from sample import Strategy, generate
 from softmask import SoftMask, antithetic_times, diffusion_loss, soft_sequences
 from tests import reference
+from weights import build_model, load_checkpoint, published_name
 
 GPT2_VOCABULARY = 50_258
 
@@ -260,6 +267,113 @@ def print_peak(args: argparse.Namespace) -> None:
     print((memory(device) - before) / 2**30)
 
 
+def write_dream(folder: Path, size: str, shards: int = 4) -> int:
+    """Random bfloat16 weights of a Dream size as the hub's folder; returns their bytes."""
+    config = DreamConfig(**DREAM_SIZES[size])
+    with torch.device("meta"):
+        shapes = {n: p.shape for n, p in Dream(config).named_parameters()}
+    noise = torch.randn(2**24, generator=generator(0)).mul_(0.02).bfloat16()
+
+    def weight(shape: torch.Size) -> torch.Tensor:
+        if len(shape) == 1:
+            return torch.ones(shape, dtype=torch.bfloat16)
+        return noise.repeat(-(-shape.numel() // len(noise)))[: shape.numel()].view(shape)
+
+    total = sum(shape.numel() * 2 for shape in shapes.values())
+    free = shutil.disk_usage(folder).free
+    if free < total * 1.02:
+        raise ValueError(
+            f"--folder {folder}: {total / 1e9:.1f} GB are needed, {free / 1e9:.1f} GB free"
+        )
+    groups, where, size_so_far = [{} for _ in range(shards)], {}, 0
+    for name, shape in shapes.items():
+        i = min(shards - 1, size_so_far * shards // total)
+        size_so_far += shape.numel() * 2
+        groups[i][published_name(name)] = shape
+        where[published_name(name)] = f"model-{i + 1:05}-of-{shards:05}.safetensors"
+    for i, group in enumerate(progress(groups, desc="writing", unit=" shards")):
+        file = folder / f"model-{i + 1:05}-of-{shards:05}.safetensors"
+        save_file({name: weight(shape) for name, shape in group.items()}, file)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
+    described = {
+        "vocab_size": config.vocab_size, "hidden_size": config.width,
+        "num_hidden_layers": config.n_layers, "num_attention_heads": config.n_heads,
+        "num_key_value_heads": config.n_kv_heads, "intermediate_size": config.mlp_width,
+        "mask_token_id": config.mask_id, "max_position_embeddings": config.block_size,
+    }  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(described))
+    return total
+
+
+def bench_dream(args: argparse.Namespace) -> None:
+    """Write, load and run Dream's shape; the folder is removed at the end."""
+    device = pick_device(args.device)
+    if args.repeats < 1:
+        raise ValueError(f"--repeats {args.repeats}: at least 1")
+    with tempfile.TemporaryDirectory(dir=args.folder) as name:
+        size = write_dream(Path(name), args.size)
+        before = memory(device, reset=True)
+        start = time.perf_counter()
+        model = build_model(load_checkpoint(name, "--folder", device), ema=False).eval()
+        opened = time.perf_counter() - start
+        softmask = SoftMask(args.k, omega_s=0.5, lower_bound=-6.0).to(device)
+        g, m = generator(0), model.mask_id
+        x = torch.randint(m, (1, args.length), generator=g)
+        x[:, args.length // 2 :] = m
+        x = x.to(device)
+
+        def backbone() -> None:
+            with torch.no_grad():
+                model.hidden(model.embed(x))
+
+        first = timed(device, backbone)  # reads the weights from disk, where they are mapped
+        times = {"backbone": [], "binary": [], "sm": []}
+        rates = []
+        for _ in progress(range(args.repeats), desc="rounds"):
+            rates.append(matmul_rate(device, torch.bfloat16))
+            times["backbone"].append(timed(device, backbone))
+            for kind in ("binary", "sm"):
+                times[kind] += dream_steps(model, x, softmask if kind == "sm" else None, device)
+        median = {kind: statistics.median(values) for kind, values in times.items()}
+        peak, rate = memory(device), statistics.median(rates)
+        c = model.config
+        matrices = sum(
+            p.numel() for layer in model.layers for p in layer.parameters() if p.dim() == 2
+        )
+        work = 2.0 * args.length * (matrices + 2 * args.length * c.width * c.n_layers)
+        print(
+            f"{args.size}: {size / 1e9:.1f} GB in four shards; {args.length} tokens, "
+            f"{int((x == m).sum())} of them masked; k {args.k}; medians of {args.repeats} passes "
+            f"and {len(times['sm'])} steps"
+        )
+        print(f"opened in {opened:.1f} s, first pass (weights read from disk) {first:.1f} s")
+        print(
+            f"backbone {median['backbone']:.2f} s a pass, {work / median['backbone'] / 1e9:.0f} "
+            f"GFLOP/s, {work / median['backbone'] / rate:.0%} of the machine's {rate / 1e9:.0f}"
+        )
+        for kind in ("binary", "sm"):
+            ratio = median[kind] / median["binary"]
+            print(f"{kind:8} {median[kind]:.2f} s a decoding step, {ratio:.3f} x binary")
+        print(f"peak memory {peak / 1e9:.2f} GB, {before / 1e9:.2f} GB of it before loading")
+
+
+def dream_steps(model, x: torch.Tensor, softmask: SoftMask | None, device) -> list[float]:
+    """Seconds of two decoding steps (entropy, nucleus 0.9) with feedback, after a first without."""
+    marks = []
+
+    def mark(*_) -> None:
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        marks.append(time.perf_counter())
+        if len(marks) == 3:
+            raise StopIteration
+
+    how = Strategy("entropy", temperature=0.1, top_p=0.9)
+    with contextlib.suppress(StopIteration):
+        generate(model, x, int((x == model.mask_id).sum()) // 4, softmask, how, on_step=mark)
+    return [b - a for a, b in pairwise(marks)]
+
+
 def memory(device: torch.device, reset: bool = False) -> int:
     """Bytes: the memory held now, starting a new peak (`reset`), or the peak since then."""
     if device.type == "cuda":
@@ -299,6 +413,14 @@ def parser() -> Parser:
         if name == "peak":
             c.add_argument("--what", choices=("step", "decode"), default="step")
             c.add_argument("--kind", choices=DECODERS, default="sm")
+    c = commands.add_parser("dream", help="Dream's shape: loading, passes, decoding steps, memory")
+    c.set_defaults(main=bench_dream)
+    c.add_argument("--size", choices=list(DREAM_SIZES), default="dream-7b")
+    c.add_argument("--folder", default=".", help="where the weights are for a while (15.2 GB)")
+    c.add_argument("--length", type=int, default=512, help="tokens, half of them masked")
+    c.add_argument("--k", type=int, default=1)
+    c.add_argument("--repeats", type=int, default=3)
+    c.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
     return p
 
 

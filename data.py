@@ -287,7 +287,7 @@ def system_line(folder: str | Path) -> str:
     match _read(file) if file.exists() else None:
         case {"chat_template": str(template)}:
             # A quote ends the constant, unless it is escaped or an apostrophe inside a word.
-            text = r"((?:[^'\"{}\\]|\\.|\b'\b)+)"
+            text = r"((?:[^'\"{}\\]|\\[n'\"\\]|\b'\b)+)"
             found = re.search(rf"<\|im_start\|>system(?:\\n|\n){text}<\|im_end\|>", template)
             if found:
                 return re.sub(r"\\(.)", lambda m: "\n" if m[1] == "n" else m[1], found[1])

@@ -20,7 +20,7 @@ import warnings
 import numpy as np
 import torch
 
-from data import decode, open_corpus, token_bytes
+from data import decode, open_corpus, token_bytes, vocab_size
 from runtime import Parser, pick_device, pick_dtype, run
 from train import EVAL_BATCH, bits_per_byte, nelbo, perplexity
 from weights import build_model, build_softmask, load_checkpoint
@@ -138,7 +138,7 @@ def read_samples(path: str, size: int) -> np.ndarray:
 def gen(args: argparse.Namespace) -> None:
     state = load_checkpoint(args.ckpt, "--ckpt")
     corpus = open_corpus(args.data or state["args"]["data"], state["tokenizer"], args.cache)
-    size = corpus.tokenizer.n_vocab + 1
+    size = vocab_size(corpus.tokenizer)
     sets = {path: read_samples(path, size) for path in args.samples}
     n, length = next(iter(sets.values())).shape
     real = corpus.blocks("val", length).numpy()

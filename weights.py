@@ -319,6 +319,19 @@ def dream_name(name: str) -> str:
     return name
 
 
+def published_name(ours: str) -> str:
+    """The inverse of `dream_name`."""
+    if ours == "embedding":
+        return "model.embed_tokens.weight"
+    if ours.startswith("head."):
+        return f"lm_head.{ours.removeprefix('head.')}"
+    for part in ("q", "k", "v", "o"):
+        ours = ours.replace(f".{part}_proj", f".self_attn.{part}_proj")
+    for part in ("gate", "up", "down"):
+        ours = ours.replace(f".{part}_proj", f".mlp.{part}_proj")
+    return f"model.{ours}"
+
+
 def _dream(weights: dict[str, Tensor], hub: dict, folder: Path) -> dict:
     """The state of a Dream network; ValueError where config.json asks for what it does not do."""
     if not hub:

@@ -429,7 +429,7 @@ def test_full_disk_keeps_what_was_tokenized(tmp_path, monkeypatch):
 # Dream's tokenizer and chat, beside transformers' tokenizer of the same files
 
 PUBLISHED = Path(__file__).resolve().parents[2] / "shared" / "data"
-# Some of what stands between <|im_end|> and <|mask|> in Qwen2.5's and Dream's lists.
+# A part of Qwen2.5's list, and Dream's two at its end.
 SPECIAL_IDS = {
     **{"<|endoftext|>": 151643, "<|im_start|>": 151644, "<|im_end|>": 151645},
     **{"<|object_ref_start|>": 151646, "<|vision_pad|>": 151654, "<|video_pad|>": 151656},
@@ -503,7 +503,7 @@ def real_texts():
     return wiki + [value for value in values if isinstance(value, str)]
 
 
-def random_texts(theirs, n=10_000):
+def random_texts(theirs, n):
     """Assigned characters, with many marks, spaces, line ends, contractions and control tokens."""
 
     def known(c):  # their table of marks and compositions is that of an older Unicode than Python's
@@ -530,8 +530,8 @@ def random_texts(theirs, n=10_000):
 
 
 def test_dream_segments_random_text_as_transformers_does(dream, theirs):
-    texts = [TRICKY, "", *random_texts(theirs)]
-    assert sum(nfc(text) != text for text in texts) > 1000
+    texts = [TRICKY, "", *random_texts(theirs, 10_000 if dream.n_vocab > 151_000 else 1000)]
+    assert sum(nfc(text) != text for text in texts) > len(texts) / 10
     for text, want in zip(texts, as_text(theirs, texts), strict=True):
         ids = data.encode(dream, text)
         assert ids == want, ascii(text)
