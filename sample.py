@@ -3,7 +3,7 @@
     python sample.py --ckpt out/ckpt.pt --num 4
     python sample.py --prompt "def fibonacci(n):" --nfe 32 --strategy remdm-cap --top-p 0.9
     python sample.py --infill "for [MASK] in range([MASK]):" --strategy entropy
-    torchrun --nproc_per_node 8 sample.py --num 5008 --preset remdm-paper --out samples.jsonl
+    torchrun --nproc_per_node 8 -- sample.py --num 5008 --preset remdm-paper --out samples.jsonl
     python sample.py --model dream-coder --chat --omegas 0.4,0.8,-3.5
 
 One step: look (a pass over x_t, soft-masked by the feedback of the step before), let the strategy
@@ -282,7 +282,8 @@ def generate(
     flat, length = x.view(-1), x.shape[1]
     generators = [generator(s) for s in (range(len(x)) if seeds is None else seeds)]
     reuse = not model.config.time_conditioning and (softmask is None or reuse_unchanged)
-    changed, feedback, rows = True, None, None
+    changed = torch.ones(len(x), dtype=torch.bool, device=x.device)  # the rows that did
+    hidden = feedback = rows = None
     padded = {} if attend is None else {"attend": attend}
     prob = torch.zeros(x.shape, device=x.device)  # of each token when it was drawn
     times = how.times(nfe)
@@ -291,9 +292,14 @@ def generate(
             masked = x == model.mask_id
             if not (masked.any() or how.remasks):
                 break
-            if masked.any() and (changed or not reuse):
+            looks = bool(masked.any()) and (not reuse or bool(changed.any()))
+            if looks:
                 scale = schedule_scale(1 - i / nfe, *schedule)
-                hidden = _look(model, x, t, softmask, rows, feedback, scale, padded)  # (B * L, D)
+                new = _look(model, x, t, softmask, rows, feedback, scale, padded)  # (B * L, D)
+                if softmask is not None and reuse and hidden is not None:
+                    same = ~changed.repeat_interleave(length)  # of a row that did not change
+                    new[same] = hidden[same]
+                hidden = new
                 done.passes += 1
             last = i == nfe - 1
             seen = tokens = None
@@ -322,8 +328,8 @@ def generate(
                 x[behind] = stop[0]
                 opens |= behind
                 chosen = opens.flatten().nonzero()[:, 0]
-            changed = len(chosen) + len(remasked) > 0
-            if softmask is not None and (changed or not reuse or feedback is None):
+            changed = (opens | closes).any(1)  # (B,)
+            if softmask is not None and (looks or changed.any()):
                 stays = masked & ~opens
                 rows = stays.flatten().nonzero()[:, 0]
                 parts = [softmask.certain(former, model.embedding)] if len(former) else []
@@ -738,10 +744,18 @@ def write_samples(args, model, tokenizer, softmask, dtype) -> int:
     for p in model.parameters():
         digest.update(p.detach().cpu().numpy())
     omegas = softmask.omegas() if softmask is not None else None
-    schedule = (args.sm_schedule, args.sm_order, args.sm_switch)
-    settings = [digest.hexdigest(), str(dtype), omegas, repr(how), schedule, args.reuse_unchanged]
-    samples = Samples(args.out, [*settings, start.tolist(), nfe, args.seed], world)
     k = "V" if softmask is not None and softmask.k is None else softmask and softmask.k
+    schedule = (args.sm_schedule, args.sm_order, args.sm_switch)
+    settings = [
+        digest.hexdigest(),
+        str(dtype),
+        k,
+        omegas,
+        repr(how),
+        schedule,
+        args.reuse_unchanged,
+    ]
+    samples = Samples(args.out, [*settings, start.tolist(), nfe, args.seed], world)
     head = {"strategy": how.name, "nfe": nfe, "k": k, "omegas": omegas, "start": start.tolist()}
     tracing = args.trace and world.rank == 0
     trace = TraceFile(args.trace, head, tokenizer) if tracing else None

@@ -503,7 +503,8 @@ def print_samples(r: Run) -> None:
     x = torch.full((2, length), r.model.mask_id, device=r.device)
     with r.ema.applied():
         how = Strategy(top_p=0.9)
-        x, _ = generate(r.model.eval(), x, length, r.softmask, how, seeds=seeds, dtype=r.dtype)
+        nfe = min(length, 128)
+        x, _ = generate(r.model.eval(), x, nfe, r.softmask, how, seeds=seeds, dtype=r.dtype)
     for i, ids in enumerate(x.tolist()):
         print(f"--- sample {i}\n{decode(r.corpus.tokenizer, ids)}")
 

@@ -984,3 +984,16 @@ def test_soft_masking_flags_are_refused_for_a_binary_checkpoint(checkpoint, tmp_
     for bad in (["--sm-schedule", "step"], ["--reuse-unchanged"]):
         with pytest.raises(ValueError, match=f"{bad[0]}.*binary"):
             run(tmp_path / "ckpt.pt", *bad)
+
+
+def test_rows_that_reuse_their_last_pass_do_not_depend_on_their_batch(network):
+    softmask = SoftMask(3)
+    softmask.set_omegas(0.95, 5.0, -3.0)
+    model = network.double()
+    x = torch.full((6, 16), model.mask_id)
+    options = {"how": sample.Strategy(top_p=0.9), "reuse_unchanged": True}
+    together, done = sample.generate(model, x, 40, softmask, seeds=list(range(6)), **options)
+    alone = [sample.generate(model, x[:1], 40, softmask, seeds=[i], **options) for i in range(6)]
+    network.float()
+    assert torch.equal(together, torch.cat([tokens for tokens, _ in alone]))
+    assert min(d.passes for _, d in alone) < done.passes <= 40
