@@ -11,6 +11,7 @@ Ratios and medians: the sides of a ratio take turns, so that a noisy machine is 
 import argparse
 import contextlib
 import json
+import multiprocessing
 import shutil
 import statistics
 import subprocess
@@ -267,8 +268,11 @@ def print_peak(args: argparse.Namespace) -> None:
     print((memory(device) - before) / 2**30)
 
 
-def write_dream(folder: Path, size: str, shards: int = 4) -> int:
-    """Random bfloat16 weights of a Dream size as the hub's folder; returns their bytes."""
+spawn = multiprocessing.get_context("spawn")
+
+
+def write_dream(folder: Path, size: str, shards: int = 4) -> None:
+    """Random bfloat16 weights of a Dream size as the hub's folder."""
     config = DreamConfig(**DREAM_SIZES[size])
     with torch.device("meta"):
         shapes = {n: p.shape for n, p in Dream(config).named_parameters()}
@@ -280,11 +284,6 @@ def write_dream(folder: Path, size: str, shards: int = 4) -> int:
         return noise.repeat(-(-shape.numel() // len(noise)))[: shape.numel()].view(shape)
 
     total = sum(shape.numel() * 2 for shape in shapes.values())
-    free = shutil.disk_usage(folder).free
-    if free < total * 1.02:
-        raise ValueError(
-            f"--folder {folder}: {total / 1e9:.1f} GB are needed, {free / 1e9:.1f} GB free"
-        )
     groups, where, size_so_far = [{} for _ in range(shards)], {}, 0
     for name, shape in shapes.items():
         i = min(shards - 1, size_so_far * shards // total)
@@ -302,7 +301,6 @@ def write_dream(folder: Path, size: str, shards: int = 4) -> int:
         "mask_token_id": config.mask_id, "max_position_embeddings": config.block_size,
     }  # fmt: skip
     (folder / "config.json").write_text(json.dumps(described))
-    return total
 
 
 def bench_dream(args: argparse.Namespace) -> None:
@@ -310,8 +308,17 @@ def bench_dream(args: argparse.Namespace) -> None:
     device = pick_device(args.device)
     if args.repeats < 1:
         raise ValueError(f"--repeats {args.repeats}: at least 1")
+    with torch.device("meta"):
+        size = 2 * sum(p.numel() for p in Dream(DreamConfig(**DREAM_SIZES[args.size])).parameters())
+    free = shutil.disk_usage(args.folder).free
+    if free < size * 1.02:
+        raise ValueError(
+            f"--folder {args.folder}: {size / 1e9:.1f} GB are needed, {free / 1e9:.1f} GB free"
+        )
     with tempfile.TemporaryDirectory(dir=args.folder) as name:
-        size = write_dream(Path(name), args.size)
+        writer = spawn.Process(target=write_dream, args=(Path(name), args.size))
+        writer.start()  # a process of its own, whose memory goes with it
+        writer.join()
         before = memory(device, reset=True)
         start = time.perf_counter()
         model = build_model(load_checkpoint(name, "--folder", device), ema=False).eval()

@@ -20,8 +20,10 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from fractions import Fraction
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -63,8 +65,8 @@ from softmask import (
     schedule_scale,
     top_k,
 )
-from viz import TerminalView
-from weights import build_model, build_softmask, load_checkpoint
+from viz import TerminalView, TraceFile
+from weights import build_model, build_softmask, load_checkpoint, merge_adapter, read_adapter
 
 ANCESTRAL = ("mdlm", "remdm-cap", "remdm-rescale", "remdm-conf", "remdm-loop", "origin")
 ORDERS = ("maskgit_plus", "topk_margin", "entropy")  # Dream's, by confidence
@@ -222,6 +224,25 @@ def confidence(order: str, p: Tensor, drawn: Tensor) -> Tensor:
 # The loop
 
 
+class Schedule(NamedTuple):
+    """How lambda fades while decoding (appendix B.4; see `schedule_scale`), with the time left, or
+    (`by_masks`, as the released adapters do) with the share of a sequence's masks that are left."""
+
+    kind: str = "none"
+    order: str = "sm-binary"
+    switch: float = 0.5
+    by_masks: bool = False
+
+    def scale(self, left: float, masks_left: Tensor, rows: Tensor | None) -> Tensor | float:
+        """The factor of lambda at `rows` (N,) of B * L: `left` is t/T, masks_left (B, L) bool of
+        the positions to fill that are masks; NaN elsewhere."""
+        if not self.by_masks or rows is None:
+            return schedule_scale(left, *self[:3])
+        shares = masks_left.nanmean(1).tolist()  # (B,)
+        factors = torch.tensor([schedule_scale(share, *self[:3]) for share in shares])
+        return factors.to(rows.device)[rows // masks_left.shape[1]]
+
+
 @dataclass
 class Decoding:
     """What a decoding did: passes of the network; whether a last one filled left-over masks; and,
@@ -242,7 +263,7 @@ def generate(
     *,
     seeds: list[int] | None = None,
     dtype: torch.dtype = torch.float32,
-    schedule: tuple[str, str, float] = ("none", "sm-binary", 0.5),
+    schedule: Schedule | tuple = (),
     reuse_unchanged: bool = False,
     attend: Tensor | None = None,
     stop: tuple[int, ...] = (),
@@ -257,7 +278,7 @@ def generate(
     `model` is any denoiser, in evaluation mode and on x's device; without `softmask` masks stay
     plain. Feedback starts at the second step, is taken before temperature and nucleus, and for a
     remasked position is its former token. `seeds` holds one seed a row (default 0, 1, ...): a row
-    does not depend on its batch. `schedule` is (kind, order, t') of `schedule_scale`. A binary step
+    does not depend on its batch. `schedule` is a `Schedule` or its entries. A binary step
     in which nothing changed reuses the last pass; with `reuse_unchanged` a soft-masked one does
     too. If masks remain after the last step, one more pass fills them by argmax; it is not counted
     as NFE. `attend`, bool (B, L), is False at a batch's padding. Once a token of `stop` was drawn
@@ -269,7 +290,7 @@ def generate(
     [[position, id], ...], `remasked` [positions], and `soft`, for the masks that stay: [position,
     lambda, -H in nats, [ids], [weights]]. ValueError for an nfe that the strategy cannot use.
     """
-    how = how or Strategy()
+    how, schedule = how or Strategy(), Schedule(*schedule)
     start = x == model.mask_id
     if not start.any():
         return x.clone(), Decoding()
@@ -287,6 +308,10 @@ def generate(
     padded = {} if attend is None else {"attend": attend}
     prob = torch.zeros(x.shape, device=x.device)  # of each token when it was drawn
     times = how.times(nfe)
+
+    def left() -> Tensor:
+        return torch.where(start, (x == model.mask_id).float(), math.nan)
+
     with autocast(x.device, dtype):
         for i, (t, s) in enumerate(pairwise(times)):
             masked = x == model.mask_id
@@ -294,7 +319,7 @@ def generate(
                 break
             looks = bool(masked.any()) and (not reuse or bool(changed.any()))
             if looks:
-                scale = schedule_scale(1 - i / nfe, *schedule)
+                scale = schedule.scale(1 - i / nfe, left(), rows)
                 new = _look(model, x, t, softmask, rows, feedback, scale, padded)  # (B * L, D)
                 if softmask is not None and reuse and hidden is not None:
                     same = ~changed.repeat_interleave(length)  # of a row that did not change
@@ -305,11 +330,11 @@ def generate(
             seen = tokens = None
             if how.name in ORDERS:
                 opens, tokens, seen = _by_confidence(
-                    model, hidden, masked, how, softmask, generators, t, s, last
+                    model, hidden, masked, how, softmask, generators, attend, t, s, last
                 )
                 closes = torch.zeros_like(opens)
             else:
-                u = torch.stack([uniform(g, length) for g in generators]).to(prob)  # (B, L)
+                u = _noise(generators, x, attend).to(prob)  # (B, L)
                 opening, sigma = how.rates(t, s)
                 opens = masked & ((u < opening) | (last and how.name == "origin"))
                 drawn = start & ~masked
@@ -339,7 +364,7 @@ def generate(
                 rows = torch.cat([rows, remasked])
                 feedback = join(parts) if parts else None
             if trace:
-                scale = schedule_scale(1 - (i + 1) / nfe, *schedule)
+                scale = schedule.scale(1 - (i + 1) / nfe, left(), rows)
                 lam = None if feedback is None else scale * softmask.lam(feedback.neg_entropy)
                 for entry in _record(i, s, x, chosen, remasked, rows, feedback, lam):
                     tell(entry)
@@ -348,7 +373,7 @@ def generate(
         rest = (x == model.mask_id).flatten().nonzero()[:, 0]
         if len(rest):
             done.filled = True
-            scale = schedule_scale(0.0, *schedule)
+            scale = schedule.scale(0.0, left(), rows)
             hidden = _look(model, x, times[-1], softmask, rows, feedback, scale, padded)
             flat[rest], _ = _draw_at(
                 model, hidden, rest, Strategy(how.name, temperature=0), generators, length
@@ -372,6 +397,15 @@ def _behind_stop(x: Tensor, start: Tensor, mask_id: int, stop: tuple[int, ...]) 
     return masked & (ends.cumsum(1) > 0)
 
 
+def _noise(generators: list[torch.Generator], like: Tensor, attend: Tensor | None) -> Tensor:
+    """U(0, 1) noise (B, L) from each row's own generator; padding takes none of it."""
+    u = torch.zeros(like.shape, dtype=torch.float64)
+    real = torch.ones(like.shape, dtype=torch.bool) if attend is None else attend.cpu()
+    for row, g, where in zip(u, generators, real, strict=True):
+        row[where] = uniform(g, int(where.sum()))
+    return u
+
+
 def _draw_at(model, hidden, rows, how, generators, length: int) -> tuple[Tensor, Tensor]:
     """Tokens and their probabilities at `rows` (N,): only they meet the vocabulary."""
     parts = [(rows, torch.zeros(len(rows), device=rows.device))] if not len(rows) else []
@@ -384,7 +418,7 @@ def _draw_at(model, hidden, rows, how, generators, length: int) -> tuple[Tensor,
     return torch.cat(tokens), torch.cat(p)
 
 
-def _by_confidence(model, hidden, masked, how, softmask, generators, t, s, last):
+def _by_confidence(model, hidden, masked, how, softmask, generators, attend, t, s, last):
     """Dream's orders: the n positions of largest confidence open, n = masks (1 - s/t) a row.
 
     Returns the positions (B, L); their tokens where the confidence needed them drawn, else None;
@@ -406,7 +440,7 @@ def _by_confidence(model, hidden, masked, how, softmask, generators, t, s, last)
     score = torch.full(masked.shape, -math.inf, dtype=sure[0].dtype, device=masked.device)
     score[masked] = torch.cat(sure)
     if how.alg_temp > 0:  # Gumbel's top n: n draws without replacement from the softmax
-        u = torch.stack([uniform(g, masked.shape[1]) for g in generators]).to(score.device)
+        u = _noise(generators, masked, attend).to(score.device)
         score = score.double() / how.alg_temp - torch.log(-torch.log(u))
         score = score.masked_fill(~masked, -math.inf)
     share = 1 - torch.tensor(s) / torch.tensor(t)  # in float32, as published
@@ -555,26 +589,6 @@ class Samples:
                     ) from None
 
 
-class TraceFile:
-    """A trace as JSONL: a first line with what the run was and the ids that it started from, then a
-    line a step and sample (see `generate`). "texts" of a line spells the ids that are new in it."""
-
-    def __init__(self, path: str, head: dict, tokenizer):
-        self.file, self.tokenizer, self.told = open(path, "w", buffering=1), tokenizer, set()
-        self._write({"trace": 1, **head}, head["start"])
-
-    def add(self, entries: list[dict], samples: range) -> None:
-        for entry in entries:
-            ids = [i for _, i in entry["drawn"]] + [i for *_, v, _ in entry["soft"] for i in v]
-            self._write({"sample": samples[entry.pop("row")], **entry}, ids)
-
-    def _write(self, line: dict, ids: list[int]) -> None:
-        new = sorted(set(ids) - self.told)
-        self.told.update(new)
-        line["texts"] = {i: decode(self.tokenizer, [i]) for i in new}
-        self.file.write(json.dumps(line, separators=(",", ":")) + "\n")
-
-
 def strategy_of(args: argparse.Namespace, length: int, nfe: int, dream: bool) -> Strategy:
     """The strategy that the flags name; a flag that is None takes its default."""
     values = {"temperature": 0.1, "top_p": 0.9} if dream else {}  # appendix A.2
@@ -594,12 +608,11 @@ def softmask_of(args: argparse.Namespace, state: dict) -> SoftMask | None:
     softmask = None if args.no_sm else build_softmask(state)
     if args.omegas and not args.no_sm:
         try:
-            k = None if args.k == "V" else int(args.k or 3)
-            omegas = [float(v) for v in args.omegas.split(",")]
-        except ValueError:
+            omegas, k = read_omegas(args.omegas, args.k)
+        except (ValueError, KeyError, TypeError):
             raise ValueError(
-                f"--omegas {args.omegas} --k {args.k}: omega_s,omega_a,omega_b (and tau), and a "
-                "whole number or V"
+                f"--omegas {args.omegas} --k {args.k}: omega_s,omega_a,omega_b (and tau) and a "
+                "whole number or V, or a softmask.json"
             ) from None
         if len(omegas) not in (3, 4) or (len(omegas) == 4 and k is not None):
             raise ValueError(f"--omegas {args.omegas}: three numbers, for --k V a fourth, tau")
@@ -607,10 +620,23 @@ def softmask_of(args: argparse.Namespace, state: dict) -> SoftMask | None:
         softmask.set_omegas(*omegas)
     elif args.k is not None:
         raise ValueError(f"--k {args.k}: with --omegas; a checkpoint has its own")
-    if softmask is None and (args.sm_schedule != "none" or args.reuse_unchanged):
+    if softmask is None and (schedule_of(args).kind != "none" or args.reuse_unchanged):
         why = "--no-sm is given" if args.no_sm else f"{args.ckpt} is a binary model"
         raise ValueError(f"--sm-schedule, --reuse-unchanged: for soft-masking, but {why}")
     return softmask
+
+
+def read_omegas(text: str, k: str | None) -> tuple[list[float], int | None]:
+    """The omegas and k of a softmask.json of train.py's, or of the flags."""
+    if Path(text).is_file():
+        found = json.loads(Path(text).read_text())
+        names = ["omega_s", "omega_a", "omega_b"] + (["tau"] if found["k"] is None else [])
+        return [float(found[name]) for name in names], found["k"]
+    return [float(v) for v in text.split(",")], None if k == "V" else int(k or 3)
+
+
+def schedule_of(args: argparse.Namespace) -> Schedule:
+    return Schedule(args.sm_schedule or "none", args.sm_order, args.sm_switch, args.sm_by_masks)
 
 
 def steps_of(args: argparse.Namespace, masks: int) -> int:
@@ -648,9 +674,18 @@ def main(args: argparse.Namespace) -> int:
     stored = torch.bfloat16 if args.dtype == "auto" else dtype  # Dream's weights
     state = load_checkpoint(args.ckpt, "--ckpt", device, stored)
     tokenizer = load_tokenizer(state["tokenizer"])
+    model = build_model(state, ema=True).to(device).eval()
+    if args.adapter:
+        if not isinstance(model, Dream):
+            raise ValueError("--adapter: for a Dream model")
+        adapter = read_adapter(args.adapter, "--adapter")
+        merge_adapter(model, adapter)
+        state["softmask"] = adapter["softmask"]
+        if adapter["schedule"] != "none" and args.sm_schedule is None:
+            args.sm_schedule = adapter["schedule"]
+            args.sm_by_masks = True
     softmask = softmask_of(args, state)
     softmask = softmask.to(device) if softmask is not None else None
-    model = build_model(state, ema=True).to(device).eval()
     if isinstance(model, Dream):
         if args.system is None:
             args.system = system_line(state["tokenizer"]["folder"])
@@ -673,7 +708,7 @@ def converse(args, model: Dream, tokenizer, softmask, dtype) -> int:
         raise ValueError(f"--nfe {nfe}: from 1, and for {how.name} to {new_tokens}, the masks")
     eos, im_end = tokenizer.eot_token, tokenizer.encode_single_token(TURN_ENDS)
     options = dict(
-        dtype=dtype, schedule=(args.sm_schedule, args.sm_order, args.sm_switch),
+        dtype=dtype, schedule=schedule_of(args),
         reuse_unchanged=args.reuse_unchanged, stop=(eos, im_end) if args.stop_early else (),
     )  # fmt: skip
 
@@ -745,7 +780,7 @@ def write_samples(args, model, tokenizer, softmask, dtype) -> int:
         digest.update(p.detach().cpu().numpy())
     omegas = softmask.omegas() if softmask is not None else None
     k = "V" if softmask is not None and softmask.k is None else softmask and softmask.k
-    schedule = (args.sm_schedule, args.sm_order, args.sm_switch)
+    schedule = schedule_of(args)
     settings = [
         digest.hexdigest(),
         str(dtype),
@@ -758,7 +793,7 @@ def write_samples(args, model, tokenizer, softmask, dtype) -> int:
     samples = Samples(args.out, [*settings, start.tolist(), nfe, args.seed], world)
     head = {"strategy": how.name, "nfe": nfe, "k": k, "omegas": omegas, "start": start.tolist()}
     tracing = args.trace and world.rank == 0
-    trace = TraceFile(args.trace, head, tokenizer) if tracing else None
+    trace = TraceFile(args.trace, head, partial(decode, tokenizer)) if tracing else None
     already, passes, batches, begin = samples.done, 0, 0, time.perf_counter()
     with progress(total=(args.num - already) * nfe, desc="decoding", unit=" steps") as bar:
         while samples.done < args.num:
@@ -797,6 +832,7 @@ def parser() -> Parser:
     add = p.add_argument_group("what").add_argument
     add("--ckpt", "--model", default="out/ckpt.pt",
         help="a checkpoint, a folder, a hub id, dream or dream-coder")
+    add("--adapter", help="a PEFT folder of a LoRA or DoRA, merged into a Dream model's weights")
     add("--num", type=int, default=1, help="samples")
     add("--length", type=int, help="tokens of a sample; default: the network's length")
     add("--prompt", default="", help="a prefix that stays; for a Dream model a user's message")
@@ -827,8 +863,9 @@ def parser() -> Parser:
     add("--no-sm", action="store_true", help="plain masks even with a soft-masked checkpoint")
     add("--omegas", help="omega_s,omega_a,omega_b (with --k V a fourth, tau) in place of its own")
     add("--k", help="tokens fed back with --omegas; default: 3; V: all")
-    add("--sm-schedule", choices=("none", "linear", "step"), default="none",
-        help="soft-masking fades (appendix B.4)")
+    add("--sm-schedule", choices=("none", "linear", "step"),
+        help="soft-masking fades (appendix B.4); default: the adapter's, else none")
+    add("--sm-by-masks", action="store_true", help="with the masks left instead of the time left")
     add("--sm-order", choices=("sm-binary", "binary-sm"), default="sm-binary", help="out, or in")
     add("--sm-switch", type=float, default=0.5, help="the time t' of step")
     add("--reuse-unchanged", action="store_true",

@@ -1,9 +1,10 @@
-"""Pictures: so far the decoding as it happens in a terminal (`sample.py --chat`, `--watch`).
+"""Pictures of a decoding: its trace in a file, and as it happens in a terminal.
 
-Final tokens are plain, soft masks show their leading candidate, the paler the smaller lambda,
-plain masks are dots.
+In the terminal (`sample.py --chat`, `--watch`) final tokens are plain, soft masks show their
+leading candidate, the paler the smaller lambda, plain masks are dots.
 """
 
+import json
 import os
 import shutil
 import sys
@@ -12,6 +13,27 @@ from collections.abc import Callable, Iterable, Iterator
 
 MASK_SIGN, RESET = "·", "\x1b[0m"
 PALEST, BRIGHTEST = 236, 250  # of the 24 greys of a terminal of 256 colours, for lambda 0 and 1
+
+
+class TraceFile:
+    """A trace as JSONL: a first line with what the run was and the ids that it started from, then a
+    line a step and sample (see `sample.generate`). "texts" spells the ids that are new in a line.
+    """
+
+    def __init__(self, path: str, head: dict, spell: Callable[[Iterable[int]], str]):
+        self.file, self.spell, self.told = open(path, "w", buffering=1), spell, set()
+        self._write({"trace": 1, **head}, head["start"])
+
+    def add(self, entries: list[dict], samples: range) -> None:
+        for entry in entries:
+            ids = [i for _, i in entry["drawn"]] + [i for *_, v, _ in entry["soft"] for i in v]
+            self._write({"sample": samples[entry.pop("row")], **entry}, ids)
+
+    def _write(self, line: dict, ids: list[int]) -> None:
+        new = sorted(set(ids) - self.told)
+        self.told.update(new)
+        line["texts"] = {i: self.spell([i]) for i in new}
+        self.file.write(json.dumps(line, separators=(",", ":")) + "\n")
 
 
 class TerminalView:

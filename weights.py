@@ -367,13 +367,11 @@ def _dream(weights: dict[str, Tensor], hub: dict, folder: Path) -> dict:
     with torch.device("meta"):
         want = {name: p.shape for name, p in Dream(config).named_parameters()}
     found = {name: w for name, w in weights.items() if "inv_freq" not in name}
-    names = {name: dream_name(name) for name in found}
-    theirs = {ours: name for name, ours in names.items()}
-    wanted = {theirs.get(name, name): shape for name, shape in want.items()}
+    wanted = {published_name(ours): shape for ours, shape in want.items()}
     _must_fit(found, wanted, f"a Dream network of {config.n_layers} layers")
     return {
         "format": FORMAT, "config": config.to_dict(), "ema": None, "softmask": None, "step": 0,
-        "model": {names[name]: weight for name, weight in found.items()},
+        "model": {dream_name(name): weight for name, weight in found.items()},
         "tokenizer": {"name": "dream", "folder": str(folder)},
         "args": {"data": None, "block_size": None},
     }  # fmt: skip
@@ -479,3 +477,98 @@ def build_softmask(state: dict) -> SoftMask | None:
     softmask = SoftMask(state["softmask"]["k"])
     softmask.load_state_dict(state["softmask"]["state"])
     return softmask
+
+
+# Adapters
+
+
+SUPPORTED = {  # adapter_config.json: what each option may be
+    "peft_type": ("LORA",), "bias": ("none",), "fan_in_fan_out": (False, None),
+    "use_rslora": (False, None), "rank_pattern": ({}, None), "alpha_pattern": ({}, None),
+    "modules_to_save": ([], None), "layers_to_transform": ([], None),
+}  # fmt: skip
+
+
+def read_adapter(folder: str, flag: str) -> dict:
+    """A PEFT folder of a LoRA or DoRA, and the soft mask that the released ones carry:
+    {"scaling": alpha / r, "modules": {ours: (A, B, magnitude or None)}, "softmask", "schedule"}.
+
+    Paths in its config are never followed. FileNotFoundError, or ValueError that names `flag` and
+    the option that is not supported or the file that is damaged.
+    """
+    place = Path(folder)
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        if not (place / name).is_file():
+            raise FileNotFoundError(f"{flag} {folder}: no {name} in it")
+    try:
+        config = json.loads((place / "adapter_config.json").read_text())
+        for option, allowed in SUPPORTED.items():
+            value = config.get(option, allowed[0])
+            if value not in allowed:
+                raise ValueError(f"its {option} {value} is not supported")
+        modules: dict[str, dict] = {}
+        with safe_open(place / "adapter_model.safetensors", framework="pt") as f:
+            for key in f.keys():
+                module, kind = key.removesuffix(".weight").rsplit(".", 1)
+                if kind not in ("lora_A", "lora_B", "lora_magnitude_vector"):
+                    raise ValueError(f"its {key} is no part of a LoRA or DoRA")
+                ours = dream_name(module.removeprefix("base_model.model.") + ".weight")
+                modules.setdefault(ours, {})[kind] = f.get_tensor(key).float()
+        for ours, parts in modules.items():
+            needed = {"lora_A", "lora_B"}
+            needed |= {"lora_magnitude_vector"} if config.get("use_dora") else set()
+            if parts.keys() != needed:
+                raise ValueError(f"{ours} has {sorted(parts)}, where {sorted(needed)} are needed")
+        softmask, schedule = None, "none"
+        if (place / "transparency_config.json").is_file():
+            sm = json.loads((place / "transparency_config.json").read_text())
+            softmask, schedule = _adapter_softmask(sm)
+        return {
+            "scaling": config["lora_alpha"] / config["r"],
+            "modules": modules,
+            "softmask": softmask,
+            "schedule": schedule,
+        }
+    except DAMAGE as error:
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise ValueError(f"{flag} {folder}: no adapter that can be read: {reason}") from None
+
+
+def _adapter_softmask(sm: dict) -> tuple[dict | None, str]:
+    """transparency_config.json of the released adapters: the soft mask, as in a checkpoint, and the
+    kind of its schedule."""
+    alg = sm["transparency_alg"]
+    if alg == "none":
+        return None, "none"
+    kinds = {"mixinputs_with_topk": sm.get("mixinputs_k"), "mixinputs_with_temp": None}
+    schedules = {"none": "none", "linear": "linear", "stepwise": "step"}
+    scheduling = sm.get("transparency_scheduling") or "none"
+    if alg not in kinds or scheduling not in schedules:
+        raise ValueError(f"its transparency_alg {alg}, transparency_scheduling {scheduling}")
+    softmask = SoftMask(kinds[alg])
+    softmask.set_omegas(
+        sm["transparency_scale"], sm["transparency_steepness"], sm["transparency_centre"],
+        sm.get("mixture_temp") or 1.0,
+    )  # fmt: skip
+    return {"k": softmask.k, "state": softmask.state_dict()}, schedules[scheduling]
+
+
+@torch.no_grad()
+def merge_adapter(model: Dream, adapter: dict) -> None:
+    """Replace each adapted weight by W' = magnitude * (W0 + s B A)/||W0 + s B A|| (DoRA; without a
+    magnitude W0 + s B A), in float32 and then in the weight's format. ValueError for a misfit."""
+    weights = dict(model.named_parameters())
+    for name, parts in adapter["modules"].items():
+        if name not in weights:
+            raise ValueError(f"--adapter: it adapts {name}, which the network does not have")
+        w0, a, b = weights[name], parts["lora_A"], parts["lora_B"]
+        if (b.shape[0], a.shape[1]) != w0.shape or a.shape[0] != b.shape[1]:
+            raise ValueError(
+                f"--adapter: for another base: {name} is {tuple(w0.shape)}, its B A "
+                f"({b.shape[0]}, {a.shape[1]})"
+            )
+        merged = w0.float() + adapter["scaling"] * (b @ a).to(w0.device)
+        if "lora_magnitude_vector" in parts:
+            magnitude = parts["lora_magnitude_vector"].to(w0.device)
+            merged *= (magnitude / merged.norm(dim=1))[:, None]
+        w0.data = merged.to(w0.dtype)  # a weight that is mapped from a file stays as it is there

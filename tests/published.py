@@ -8,11 +8,13 @@ import pathlib
 import sys
 import types
 
+import tokenizers
 import torch
 from safetensors.torch import save_file
 
+import data
 from model import SIZES, DiT, DiTConfig
-from weights import GPT2_IDS, mdlm_names
+from weights import GPT2_IDS, mdlm_names, published_name
 
 
 def published_keys(model: DiT) -> dict[str, torch.Tensor]:
@@ -86,6 +88,39 @@ def write_hub(folder, model: DiT, shards: int = 1):
         save_file({k: w for k, w in weights.items() if where[k] == name}, folder / name)
     index = {"metadata": {}, "weight_map": where}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def write_dream(folder, model, shards: int = 1, **changes):
+    """The hub's folder of a Dream network: config.json, safetensors in shards and their index."""
+    c = model.config
+    config = {
+        "model_type": "Dream", "vocab_size": c.vocab_size, "hidden_size": c.width,
+        "num_hidden_layers": c.n_layers, "num_attention_heads": c.n_heads,
+        "num_key_value_heads": c.n_kv_heads, "intermediate_size": c.mlp_width,
+        "mask_token_id": c.mask_id, "max_position_embeddings": c.block_size,
+        "rope_theta": c.rope_base, "rms_norm_eps": c.rms_eps, "hidden_act": "silu",
+        "rope_scaling": None, "use_sliding_window": False, "tie_word_embeddings": False,
+    }  # fmt: skip
+    folder = pathlib.Path(folder)
+    (folder / "config.json").write_text(json.dumps(config | changes))
+    weights = {published_name(n): p.detach().clone() for n, p in model.named_parameters()}
+    where = {name: f"model-{i % shards + 1:05}.safetensors" for i, name in enumerate(weights)}
+    for file in set(where.values()):
+        save_file({n: w for n, w in weights.items() if where[n] == file}, folder / file)
+    index = {"metadata": {}, "weight_map": where}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def write_tokenizer(folder, entries: int = 600) -> None:
+    """vocab.json and merges.txt, learned from our own source, as the library writes them."""
+    learner = tokenizers.Tokenizer(tokenizers.models.BPE())
+    learner.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=entries, initial_alphabet=alphabet, show_progress=False
+    )
+    learner.train_from_iterator([pathlib.Path(data.__file__).read_text()], trainer)
+    learner.model.save(str(folder))
 
 
 if __name__ == "__main__":

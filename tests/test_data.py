@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import tokenizers
 import torch
+from published import write_tokenizer
 
 import data
 from runtime import generator
@@ -440,16 +441,9 @@ SPECIAL_IDS = {
 
 @pytest.fixture(scope="module")
 def small_folder(tmp_path_factory):
-    """vocab.json and merges.txt of 600 entries, as the library that learns them writes them."""
-    learner = tokenizers.Tokenizer(tokenizers.models.BPE())
-    learner.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
-    trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=600, initial_alphabet=alphabet, show_progress=False
-    )
-    learner.train_from_iterator([Path(data.__file__).read_text()], trainer)
+    """vocab.json and merges.txt of 600 entries."""
     folder = tmp_path_factory.mktemp("small")
-    learner.model.save(str(folder))
+    write_tokenizer(folder)
     return folder
 
 

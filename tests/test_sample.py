@@ -6,6 +6,7 @@ import math
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,11 +14,13 @@ import numpy as np
 import pytest
 import torch
 from conftest import randomise
+from published import write_dream, write_tokenizer
 
 import data
 import sample
 import train
-from model import SIZES, DiT, DiTConfig
+import viz
+from model import DREAM_SIZES, SIZES, DiT, DiTConfig, Dream, DreamConfig
 from softmask import SoftMask
 
 NAMES = sample.ANCESTRAL + sample.ORDERS
@@ -997,3 +1000,184 @@ def test_rows_that_reuse_their_last_pass_do_not_depend_on_their_batch(network):
     network.float()
     assert torch.equal(together, torch.cat([tokens for tokens, _ in alone]))
     assert min(d.passes for _, d in alone) < done.passes <= 40
+
+
+# Answers of a Dream model
+
+
+@pytest.fixture(scope="module")
+def dream():
+    torch.manual_seed(0)
+    model = Dream(DreamConfig(**DREAM_SIZES["dream-tiny"])).eval()
+    randomise(model)
+    return model.double()
+
+
+PROMPTS = [[3, 1, 4, 1, 5], [9], [2, 6, 5, 3, 5, 8, 9, 7, 9, 3], [2, 3, 8], [4, 6, 2]]
+
+
+@pytest.mark.parametrize("name", sample.DREAM)
+@pytest.mark.parametrize("softmask", [None, SoftMask(3, omega_s=0.9), SoftMask(None, omega_s=0.9)])
+def test_answers_to_prompts_of_mixed_lengths_are_those_of_each_alone(dream, name, softmask):
+    softmask = softmask and softmask.double()
+    how = sample.Strategy(name, temperature=0.5, top_p=0.9)
+    seeds = list(range(5))
+    together, _ = sample.respond(dream, PROMPTS, 12, 5, 0, softmask, how, seeds=seeds)
+    for answer, prompt, seed in zip(together, PROMPTS, seeds):
+        alone, _ = sample.respond(dream, [prompt], 12, 5, 0, softmask, how, seeds=[seed])
+        assert answer == alone[0] and len(answer) == 12 and dream.mask_id not in answer
+
+
+@pytest.mark.parametrize("order", sample.ORDERS)
+@pytest.mark.parametrize("nfe", [3, 5, 10])
+def test_greedy_answers_are_those_of_a_plain_loop(dream, order, nfe):
+    """Dream's decoding written out: one sequence, the published schedule, a loop over positions."""
+    m, prompt, n = dream.mask_id, PROMPTS[0], 10
+    x = torch.tensor([prompt + [m] * n])
+    times = torch.linspace(1, 1e-3, nfe + 1)
+    with torch.no_grad():
+        for i in range(nfe):
+            z = dream.logits(dream.hidden(dream.embed(x))[0])
+            z[:, m] = -math.inf
+            p = z.softmax(-1)
+            places = (x[0] == m).nonzero()[:, 0].tolist()
+            count = int(torch.tensor(float(len(places))) * (1 - times[i + 1] / times[i]))
+            count = len(places) if i == nfe - 1 else count
+            score = {}
+            for place in places:
+                top = p[place].sort(descending=True).values
+                score[place] = {
+                    "maskgit_plus": top[0], "topk_margin": top[0] - top[1],
+                    "entropy": (p[place] * p[place].clamp(min=1e-300).log()).sum(),
+                }[order].item()  # fmt: skip
+            for place in sorted(places, key=lambda place: (-score[place], place))[:count]:
+                x[0, place] = p[place].argmax()
+    how = sample.Strategy(order, temperature=0)
+    answers, _ = sample.respond(dream, [prompt, PROMPTS[2]], n, nfe, 0, None, how)
+    assert answers[0] == x[0, len(prompt) :].tolist()
+
+
+def test_an_answer_that_ended_is_filled_at_once_when_asked():
+    p = torch.full((8, 5), 0.01)
+    p[:, 2] = 0.9
+    p[3] = torch.tensor([0.01, 0.01, 0.01, 0.96, 0.01])  # the surest position draws the stop token
+    model = Table(6, lambda row: with_mask(p / p.sum(-1, keepdim=True)))
+    how, x = sample.Strategy("entropy", temperature=0), torch.full((1, 8), 5)
+    x[0, :3] = 2
+    tokens, done = sample.generate(model, x, 5, None, how, stop=(4, 3), trace=True)
+    assert tokens[0].tolist() == [2, 2, 2, 3, 4, 4, 4, 4] and done.passes == 1
+    drawn = {place: token for entry in done.trace for place, token in entry["drawn"]}
+    assert drawn == {3: 3, 4: 4, 5: 4, 6: 4, 7: 4}
+    x[0, 2] = 5  # a mask before it: not yet
+    tokens, _ = sample.generate(model, x, 6, None, how, stop=(4, 3))
+    assert tokens[0, 2] == 2 and (tokens[0, 4:] == 4).any()
+    tokens, _ = sample.generate(model, x, 6, None, how)
+    assert tokens[0].tolist() == [2, 2, 2, 3, 2, 2, 2, 2]
+
+
+def test_an_answer_beyond_the_context_is_refused(dream):
+    with pytest.raises(ValueError, match="takes 512"):
+        sample.respond(dream, [[1] * 500], 20, 5, 0)
+
+
+# The model in a folder, as a user talks to it
+
+ENV = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "NO_COLOR")}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("dream")
+    write_tokenizer(folder, n := 600)
+    sizes = DREAM_SIZES["dream-tiny"] | {"vocab_size": n + 30, "mask_id": n + 23, "n_layers": 1}
+    torch.manual_seed(0)
+    write_dream(folder, Dream(DreamConfig(**sizes)), shards=2)
+    return folder
+
+
+def answer_once(folder, *flags):
+    command = [sys.executable, sample.__file__, "--model", str(folder), "--new-tokens", "8", *flags]
+    return subprocess.run(command, capture_output=True, text=True, env=ENV, timeout=120)
+
+
+def test_a_message_is_answered_with_and_without_soft_masking(folder):
+    plain = answer_once(folder, "--prompt", "hello", "--budget", "1/2")
+    assert plain.returncode == 0 and plain.stderr == ""
+    soft = answer_once(folder, "--prompt", "hello", "--budget", "1/2", "--omegas", "0.9,1,-9")
+    assert soft.returncode == 0 and "\x1b" not in soft.stdout
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--prompt", "x", "--budget", "3/2"], "--budget 3/2"),
+        (["--prompt", "x", "--budget", "1/0"], "--budget 1/0"),
+        (["--prompt", "x", "--omegas", "1"], "--omegas"),
+        (["--prompt", "x", "--omegas", "2,1,-1"], "omega_s 2.0"),
+        (["--prompt", "x", "--k", "2"], "--k 2"),
+        (["--prompt", "x" * 3000], "takes 512"),
+        ([], "--prompt or --chat"),
+    ],
+)
+def test_a_wrong_flag_of_an_answer_is_one_line(folder, flags, message):
+    result = answer_once(folder, *flags)
+    assert result.returncode == 2 and message in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+
+
+def test_chat_through_a_pipe_prints_answers_alone(folder):
+    command = [sys.executable, sample.__file__, "--model", str(folder), "--chat"]
+    result = subprocess.run(
+        [*command, "--new-tokens", "8"], input="hello\n\nagain\n", capture_output=True, text=True,
+        env=ENV, timeout=120,
+    )  # fmt: skip
+    assert result.returncode == 0 and result.stderr == "" and "\x1b" not in result.stdout
+    assert result.stdout
+
+
+def in_a_terminal(folder, keys, term="xterm-256color"):
+    """Chat in a pseudo-terminal; `keys` are (what to wait for, what to type then)."""
+    pty = pytest.importorskip("pty")
+    command = [sys.executable, sample.__file__, "--model", str(folder), "--chat"]
+    command += ["--new-tokens", "64", "--omegas", "0.9,1,-9"]
+    child, fd = pty.fork()
+    if child == 0:
+        os.execve(sys.executable, command, {**ENV, "TERM": term})
+    shown, at = b"", 0
+    deadline = time.monotonic() + 120
+    for awaited, typed in [*keys, (None, b"")]:
+        while awaited is None or awaited not in shown[at:]:
+            assert time.monotonic() < deadline, shown
+            try:
+                more = os.read(fd, 65536)
+            except OSError:  # the other side is closed
+                more = b""
+            if not more:
+                break
+            shown += more
+        at = len(shown)
+        if typed:
+            os.write(fd, typed)
+    os.close(fd)
+    return shown.decode(errors="replace"), os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def test_chat_in_a_terminal_shows_the_answer_forming_and_leaves_it_clean(folder):
+    shown, status = in_a_terminal(
+        folder, [(b"> ", b"hello\n"), (b"\x1b[?25h", b""), (b"> ", b"\x04")]
+    )
+    assert status == 0
+    assert viz.MASK_SIGN in shown or "\x1b[38;5;" in shown
+    assert shown.count("\x1b[?25l") == shown.count("\x1b[?25h") == 1, "the cursor is back"
+    assert shown.rindex("\x1b[0m") > shown.rindex("\x1b[38;5;")
+
+
+def test_chat_in_a_terminal_without_colours_has_no_escapes(folder):
+    shown, status = in_a_terminal(folder, [(b"> ", b"hello\n"), (b"> ", b"\x04")], term="dumb")
+    assert status == 0 and "\x1b" not in shown
+
+
+def test_ctrl_c_stops_the_answer_and_twice_leaves(folder):
+    keys = [(b"> ", b"hello\n"), (b"\x1b[38;5;", b"\x03"), (b"> ", b"\x03")]
+    shown, status = in_a_terminal(folder, keys)
+    assert status == 130 and "\x1b[?25h" in shown and "Traceback" not in shown

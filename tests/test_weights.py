@@ -10,10 +10,10 @@ import zipfile
 import pytest
 import torch
 from conftest import randomise
-from published import write_hub, write_lightning
+from published import write_dream, write_hub, write_lightning
 
 import weights
-from model import DiT, DiTConfig
+from model import DREAM_SIZES, DiT, DiTConfig, Dream, DreamConfig
 from softmask import SoftMask
 
 SIZES = dict(vocab_size=40, block_size=1024, n_layers=2, n_heads=1, width=64, cond_dim=16)
@@ -340,3 +340,222 @@ def test_tensor_beyond_its_storage_is_refused(tmp_path):
         [1, 2, 3],
         [4, 5, 6],
     ]
+
+
+# Dream's folders
+
+
+@pytest.fixture(scope="module")
+def dream():
+    torch.manual_seed(2)
+    model = Dream(DreamConfig(**DREAM_SIZES["dream-tiny"])).eval()
+    randomise(model)
+    return model
+
+
+@torch.no_grad()
+def dream_logits(model):
+    tokens = torch.arange(30)[None]
+    return model.logits(model.hidden(model.embed(tokens))[0])
+
+
+def qwen2_of(dream):
+    transformers = pytest.importorskip("transformers")
+    c = dream.config
+    config = transformers.Qwen2Config(
+        vocab_size=c.vocab_size, hidden_size=c.width, intermediate_size=c.mlp_width,
+        num_hidden_layers=c.n_layers, num_attention_heads=c.n_heads,
+        num_key_value_heads=c.n_kv_heads, rope_theta=c.rope_base, rms_norm_eps=c.rms_eps,
+        tie_word_embeddings=False, mask_token_id=c.mask_id,
+    )  # fmt: skip
+    theirs = transformers.Qwen2ForCausalLM(config)
+    theirs.load_state_dict(
+        {weights.published_name(n): p.detach() for n, p in dream.named_parameters()}
+    )
+    return theirs
+
+
+@pytest.mark.parametrize("size", ["10GB", "200KB"])
+def test_a_folder_that_transformers_saved_opens_to_the_same_logits(tmp_path, dream, size):
+    theirs = qwen2_of(dream)
+    theirs.save_pretrained(tmp_path, max_shard_size=size)
+    shards = len(list(tmp_path.glob("*.safetensors")))
+    assert shards > 2 if size == "200KB" else shards == 1
+    assert torch.equal(dream_logits(load(tmp_path)), dream_logits(dream))
+
+
+def test_names_of_dream_files_go_both_ways(dream):
+    for name, _ in dream.named_parameters():
+        assert weights.dream_name(weights.published_name(name)) == name
+    assert weights.published_name("layers.1.q_proj.bias") == "model.layers.1.self_attn.q_proj.bias"
+
+
+def test_dream_weights_are_mapped_or_taken_in_another_format(tmp_path, dream, capfd):
+    write_dream(tmp_path, dream, shards=3)
+    state = weights.load_checkpoint(str(tmp_path), "--ckpt", dtype=torch.bfloat16)
+    model = weights.build_model(state, ema=True)
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    half = Dream(dream.config).half()
+    half.load_state_dict(dream.state_dict())
+    write_dream(tmp_path, half, shards=3)
+    assert "float16" not in capfd.readouterr().err
+    model = load(tmp_path)
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    assert capfd.readouterr().err.count("float16 weights") == 1, "one notice for all shards"
+
+
+def remove_shard(folder):
+    (folder / "model-00002.safetensors").unlink()
+
+
+def name_absent_tensor(folder):
+    file = folder / "model.safetensors.index.json"
+    index = json.loads(file.read_text())
+    index["weight_map"]["model.layers.9.mlp.up_proj.weight"] = "model-00001.safetensors"
+    file.write_text(json.dumps(index))
+
+
+def says(**changes):
+    def change(folder):
+        file = folder / "config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (remove_shard, "shard model-00002.safetensors is missing"),
+        (name_absent_tensor, "names model.layers.9.mlp.up_proj.weight, which no shard holds"),
+        (
+            says(vocab_size=513),
+            r"model.embed_tokens.weight of shape \(512, 64\), where \(513, 64\)",
+        ),
+        (says(num_hidden_layers=3), "missing model.layers.2"),
+        (says(num_hidden_layers=1), "unexpected model.layers.1"),
+        (says(rope_scaling={"type": "yarn"}), "rope_scaling .*yarn.*not supported"),
+        (says(rope_parameters={"rope_type": "linear"}), "rope_scaling .*linear.*not supported"),
+        (says(hidden_act="gelu"), "hidden_act gelu: not supported"),
+        (says(use_sliding_window=True), "use_sliding_window True: not supported"),
+        (says(tie_word_embeddings=True), "tie_word_embeddings True: not supported"),
+        (says(layer_types=["linear_attention"]), "layer_types .*not supported"),
+        (says(head_dim=32), "head_dim 32: not supported"),
+        (says(mask_token_id=600), "mask 600 outside"),
+        (says(hidden_size="x"), "config.json|no checkpoint"),
+        (lambda folder: (folder / "config.json").write_text("{"), "no checkpoint"),
+        (lambda folder: (folder / "config.json").write_text("[]"), "no checkpoint"),
+        (lambda folder: (folder / "config.json").unlink(), "neither ckpt.pt nor config.json"),
+        (lambda folder: os.truncate(folder / "model-00001.safetensors", 2000), "no checkpoint"),
+    ],
+)
+def test_a_damaged_dream_folder_is_named_in_one_line(tmp_path, dream, damage, message):
+    write_dream(tmp_path, dream, shards=3)
+    damage(tmp_path)
+    with pytest.raises((ValueError, OSError), match=message) as error:
+        load(tmp_path)
+    assert str(tmp_path) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_rope_base_is_read_wherever_it_stands(tmp_path, dream):
+    write_dream(tmp_path, dream, rope_theta=None, rope_parameters={"rope_theta": 5e4})
+    assert load(tmp_path).config.rope_base == 5e4
+
+
+# Adapters
+
+
+@pytest.fixture
+def adapter(tmp_path, dream):
+    """A folder that peft wrote of a random DoRA (r 4, alpha 8) on q, k, v, o, and its network."""
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(
+        r=4, lora_alpha=8, use_dora=True, task_type="CAUSAL_LM",
+        target_modules=["q_proj", "k_proj", "v_proj", "o_proj"],
+    )  # fmt: skip
+    model = peft.get_peft_model(qwen2_of(dream), config)
+    for name, p in model.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(p, std=0.3)
+            if "magnitude" in name:
+                torch.nn.init.uniform_(p, 0.5, 2)
+    model.save_pretrained(tmp_path)
+    return tmp_path, model.merge_and_unload()
+
+
+def test_an_adapter_of_pefts_merges_to_the_weights_that_peft_merges(adapter, dream):
+    folder, theirs = adapter
+    ours = Dream(dream.config)
+    ours.load_state_dict(dream.state_dict())
+    read = weights.read_adapter(str(folder), "--adapter")
+    assert read["softmask"] is None and read["schedule"] == "none" and read["scaling"] == 2
+    assert len(read["modules"]) == 4 * dream.config.n_layers
+    weights.merge_adapter(ours, read)
+    for name, p in ours.named_parameters():
+        torch.testing.assert_close(p, theirs.state_dict()[weights.published_name(name)])
+    assert not torch.equal(ours.layers[0].q_proj.weight, dream.layers[0].q_proj.weight)
+
+
+def put(file, **entries):
+    content = json.loads(file.read_text()) if file.exists() else {}
+    file.write_text(json.dumps(content | entries))
+
+
+@pytest.mark.parametrize(
+    ("entries", "k", "schedule"),
+    [
+        ({"transparency_alg": "none"}, "binary", "none"),
+        ({"transparency_alg": "mixinputs_with_topk", "mixinputs_k": 2}, 2, "none"),
+        (
+            {"transparency_alg": "mixinputs_with_temp", "mixture_temp": 0.5,
+             "transparency_scheduling": "stepwise"}, None, "step",
+        ),
+    ],
+)  # fmt: skip
+def test_the_soft_mask_of_a_released_adapter_comes_along(adapter, entries, k, schedule):
+    folder, _ = adapter
+    omegas = {"transparency_scale": 0.4, "transparency_steepness": 2.0, "transparency_centre": -1.5}
+    put(folder / "transparency_config.json", **omegas, **entries)
+    read = weights.read_adapter(str(folder), "--adapter")
+    assert read["schedule"] == schedule
+    if k == "binary":
+        assert read["softmask"] is None
+        return
+    softmask = weights.build_softmask(read)
+    want = {"omega_s": 0.4, "omega_a": 2.0, "omega_b": -1.5} | ({} if k else {"tau": 0.5})
+    assert softmask.k == k and softmask.omegas() == pytest.approx(want)
+
+
+@pytest.mark.parametrize(
+    ("file", "entries", "message"),
+    [
+        ("adapter_config.json", {"use_rslora": True}, "use_rslora True is not supported"),
+        ("adapter_config.json", {"rank_pattern": {"q": 2}}, "rank_pattern .* is not supported"),
+        ("adapter_config.json", {"bias": "all"}, "bias all is not supported"),
+        ("adapter_config.json", {"peft_type": "IA3"}, "peft_type IA3 is not supported"),
+        ("adapter_config.json", {"use_dora": False}, "lora_magnitude_vector.*are needed"),
+        ("adapter_config.json", {"r": 0}, "no adapter that can be read"),
+        ("transparency_config.json", {"transparency_alg": "new"}, "transparency_alg new"),
+        ("transparency_config.json", {}, "no adapter that can be read"),
+    ],
+)
+def test_an_adapter_that_is_not_supported_is_refused_by_name(adapter, file, entries, message):
+    folder, _ = adapter
+    put(folder / file, **entries)
+    with pytest.raises(ValueError, match=message):
+        weights.read_adapter(str(folder), "--adapter")
+
+
+def test_an_adapter_for_another_base_is_named_by_its_first_misfit(adapter, dream):
+    folder, _ = adapter
+    read = weights.read_adapter(str(folder), "--adapter")
+    for sizes, message in (
+        ({"n_layers": 1}, "layers.1.k_proj.weight, which the network does not have"),
+        ({"width": 32, "n_heads": 2}, "another base"),
+    ):
+        other = Dream(DreamConfig(**{**DREAM_SIZES["dream-tiny"], **sizes}))
+        with pytest.raises(ValueError, match=message):
+            weights.merge_adapter(other, read)
+    (folder / "adapter_model.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match=r"adapter_model\.safetensors"):
+        weights.read_adapter(str(folder), "--adapter")
