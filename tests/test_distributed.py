@@ -142,7 +142,7 @@ def test_a_killed_rank_ends_the_job_and_resuming_ends_as_if_undisturbed(
     os.kill(ranks_of(process)[trial % 2], signal.SIGKILL)
     process.communicate(timeout=120)
     assert process.returncode != 0
-    checkpoints = list(tmp_path.glob("*.pt*"))
+    checkpoints = list(tmp_path.glob("*.pt"))  # a save that was cut off leaves another name
     assert checkpoints
     for file in checkpoints:
         state = weights.load_checkpoint(str(file), "--ckpt")

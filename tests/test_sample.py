@@ -1029,10 +1029,17 @@ def test_answers_to_prompts_of_mixed_lengths_are_those_of_each_alone(dream, name
 
 
 @pytest.mark.parametrize("order", sample.ORDERS)
-@pytest.mark.parametrize("nfe", [3, 5, 10])
-def test_greedy_answers_are_those_of_a_plain_loop(dream, order, nfe):
+@pytest.mark.parametrize("nfe", [3, 6, 7, 12])  # budgets 1/4, 1/2, 1/1, and one that leaves a rest
+@pytest.mark.parametrize("network_seed", range(8))
+def test_greedy_answers_are_those_of_a_plain_loop(order, nfe, network_seed):
     """Dream's decoding written out: one sequence, the published schedule, a loop over positions."""
-    m, prompt, n = dream.mask_id, PROMPTS[0], 10
+    torch.manual_seed(network_seed)
+    heads = [(4, 2), (4, 4), (4, 1)][network_seed % 3]
+    sizes = {"vocab_size": 40, "mask_id": 39, "n_heads": heads[0], "n_kv_heads": heads[1]}
+    dream = Dream(DreamConfig(**{**DREAM_SIZES["dream-tiny"], **sizes})).eval()
+    randomise(dream)
+    dream.double()
+    m, prompt, n = dream.mask_id, PROMPTS[network_seed % 5], 12
     x = torch.tensor([prompt + [m] * n])
     times = torch.linspace(1, 1e-3, nfe + 1)
     with torch.no_grad():
