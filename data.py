@@ -208,6 +208,8 @@ def encode_array(tokenizer: tiktoken.Encoding, text: str) -> np.ndarray:
         text = unicodedata.normalize("NFC", text)
     try:
         return tokenizer.encode_to_numpy(text, disallowed_special=())
+    except UnicodeEncodeError:
+        raise ValueError("a text that is not UTF-8") from None
     except BaseException as error:  # its panics are no Exceptions
         if type(error).__name__ != "PanicException":
             raise
@@ -547,10 +549,14 @@ class Corpus:
             return np.zeros(0, self.meta["dtype"])
         return np.memmap(self.folder / f"{split}.bin", dtype=self.meta["dtype"], mode="r")
 
+    def holds(self, split: str, length: int) -> bool:
+        """Whether a block of `length` tokens is possible, and the split has one."""
+        return 1 <= length - 2 * self.wrapping <= len(self.streams[split])
+
     def need(self, split: str, length: int) -> None:
         """ValueError where the split does not hold one block of `length` tokens."""
-        have, takes = len(self.streams[split]), length - 2 * self.wrapping
-        if have < max(takes, 1) or takes < 1:
+        if not self.holds(split, length):
+            have = len(self.streams[split])
             raise ValueError(
                 f"{self.meta['source']}: its {split} part has {have} tokens, a block takes {length}"
                 "; use more text or another --block-size"
@@ -599,6 +605,8 @@ def open_corpus(
     source = find_source(data)
     spec = tokenizer if isinstance(tokenizer, dict) else {"name": tokenizer}
     spec = spec if spec["name"] else {"name": default_tokenizer(data)}
+    if spec["name"] == "dream":
+        raise ValueError("a Dream model is not trained or scored on a corpus here; name another")
     if spec["name"] not in ("stdlib", "gpt2", "bytes"):
         raise ValueError(f"--tokenizer {spec['name']}: choose stdlib, gpt2 or bytes")
     if source.hub:
@@ -681,8 +689,8 @@ def _write_streams(source: Source, tokenizer, folder: Path, meta: dict) -> dict[
     state = {"of": meta, "tokens": {"train": 0, "val": 0}, "place": None, "finished": False}
     state = json.loads(json.dumps(state))
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-        found = json.loads((folder / "progress.json").read_text())
-        if found["of"] == state["of"] and found.keys() == state.keys():
+        found, check = json.loads((folder / "progress.json").read_text())
+        if found["of"] == state["of"] and check == _checksum(found):
             state = found
     tokens, size = state["tokens"], np.dtype(meta["dtype"]).itemsize
     if not any(tokens.values()):
@@ -701,7 +709,7 @@ def _write_streams(source: Source, tokenizer, folder: Path, meta: dict) -> dict[
                 file.flush()
                 os.fsync(file.fileno())
             with atomic_write(folder / "progress.json", "w") as f:
-                json.dump(state, f)
+                json.dump([state, _checksum(state)], f)
 
         try:
             if not state["finished"]:
@@ -721,6 +729,10 @@ def _write_streams(source: Source, tokenizer, folder: Path, meta: dict) -> dict[
                 "goes on from there"
             ) from None
     return tokens
+
+
+def _checksum(state: dict) -> str:
+    return hashlib.sha256(json.dumps(state).encode()).hexdigest()
 
 
 def _tokenize(source, tokenizer, meta: dict, state: dict, out: dict, save: Callable) -> None:

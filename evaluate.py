@@ -47,9 +47,9 @@ def ppl(args: argparse.Namespace) -> None:
     if args.split is None:
         splits = ("train", "val") if args.data else ("val",)
     limit = args.batches and args.batches * EVAL_BATCH
+    splits = [split for split in splits if corpus.holds(split, length)] or splits[-1:]
+    corpus.need(splits[-1], length)
     blocks = torch.cat([corpus.blocks(split, length, limit) for split in splits])
-    if not len(blocks):
-        corpus.need(splits[-1], length)
     if limit and limit < len(blocks):
         blocks = blocks[torch.arange(limit) * len(blocks) // limit]
     if softmask is not None:
@@ -119,12 +119,12 @@ def code_that_parses(text: str) -> bool:
 def read_samples(path: str, size: int) -> np.ndarray:
     """The ids (N, L) of a JSONL file of sample.py's; ValueError that names a line that is none."""
     rows = []
-    with open(path) as f:
+    with open(path, "rb") as f:
         for i, line in enumerate(f, start=1):
             try:
                 ids = json.loads(line)["ids"]
                 good = all(type(v) is int and 0 <= v < size for v in ids)
-            except (ValueError, KeyError, TypeError):
+            except (ValueError, KeyError, TypeError, RecursionError):
                 good = False
             if not good or (rows and len(ids) != len(rows[0])) or len(ids) < 3:
                 what = f"3 or more ids below {size}, as many as in the first line"
@@ -141,6 +141,9 @@ def gen(args: argparse.Namespace) -> None:
     size = vocab_size(corpus.tokenizer)
     sets = {path: read_samples(path, size) for path in args.samples}
     n, length = next(iter(sets.values())).shape
+    for path, ids in sets.items():
+        if ids.shape[1] != length:
+            raise ValueError(f"{path}: samples of {ids.shape[1]} tokens beside those of {length}")
     real = corpus.blocks("val", length).numpy()
     if not len(real):
         corpus.need("val", length)

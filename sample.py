@@ -15,6 +15,8 @@ import argparse
 import hashlib
 import json
 import math
+import os
+import re
 import sys
 import time
 from collections.abc import Callable
@@ -43,7 +45,6 @@ from model import Dream
 from runtime import (
     Parser,
     World,
-    atomic_write,
     autocast,
     generator,
     join_world,
@@ -71,6 +72,7 @@ from weights import build_model, build_softmask, load_checkpoint, merge_adapter,
 ANCESTRAL = ("mdlm", "remdm-cap", "remdm-rescale", "remdm-conf", "remdm-loop", "origin")
 ORDERS = ("maskgit_plus", "topk_margin", "entropy")  # Dream's, by confidence
 DREAM = ("origin", *ORDERS)
+MOST_STEPS = 10**6  # of a strategy that may take more steps than there are masks
 ETA = {"remdm-cap": 0.04, "remdm-rescale": 0.015, "remdm-loop": 0.02}  # ReMDM's own numbers
 
 
@@ -95,8 +97,8 @@ class Strategy:
     def __post_init__(self):
         if self.name not in ANCESTRAL + ORDERS:
             raise ValueError(f"--strategy {self.name}: choose {', '.join(ANCESTRAL + ORDERS)}")
-        if not (math.isfinite(self.temperature) and self.temperature >= 0):
-            raise ValueError(f"--temperature {self.temperature}: a finite number from 0")
+        if self.temperature != 0 and not 1e-6 <= self.temperature < math.inf:
+            raise ValueError(f"--temperature {self.temperature}: 0, or a finite number from 1e-6")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"--top-p {self.top_p}: above 0, at most 1")
         if not (math.isfinite(self.alg_temp) and self.alg_temp >= 0):
@@ -295,9 +297,9 @@ def generate(
     if not start.any():
         return x.clone(), Decoding()
     most = int(start.sum(1).max()) if how.name in ORDERS else None
-    if nfe < 1 or (most and nfe > most):
-        limit = f"at most {most}, one a masked position, for {how.name}" if most else "at least 1"
-        raise ValueError(f"nfe {nfe}: {limit}")
+    if not 1 <= nfe <= (most or MOST_STEPS):
+        limit = f"1 to {most or MOST_STEPS} steps for {how.name}"
+        raise ValueError(f"--nfe {nfe}: {limit}")
     x, done = x.clone(), Decoding()
     tell = trace if callable(trace) else done.trace.append
     flat, length = x.view(-1), x.shape[1]
@@ -542,30 +544,34 @@ class Samples:
     """
 
     def __init__(self, path: str | None, settings: list, world: World):
-        self.path, self.world = path and Path(path), world
+        self.path, self.world = path and Path(path).resolve(), world
         self.run = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:12]
         self.texts, self.done = [], 0
-        if self.path and self.path.exists():
-            lines = self.path.read_bytes().splitlines(keepends=True)
-            if lines and not lines[-1].endswith(b"\n"):
-                lines.pop()  # half a line of a run that was killed
-            for i, line in enumerate(lines):
-                if self._of(line) != (i, self.run):
-                    raise ValueError(
-                        f"--out {path}: line {i + 1} is not sample {i} of this run; name another "
-                        "file, or delete it"
-                    )
-            self.done = len(lines)
-            if world.rank == 0:
-                with atomic_write(self.path) as f:
-                    f.writelines(lines)
+        if not self.path or not self.path.exists():
+            return
+        if not self.path.is_file():
+            raise ValueError(f"--out {path}: not a file")
+        lines = self.path.read_bytes().splitlines(keepends=True)
+        torn = lines.pop() if lines and not lines[-1].endswith(b"\n") else b""
+        first = b'{"index": ' + str(len(lines)).encode()  # of a line that a killed run left half
+        foreign = [i for i, line in enumerate(lines) if self._of(line) != (i, self.run)]
+        if not (torn.startswith(first) or first.startswith(torn)):
+            foreign.append(len(lines))
+        if foreign:
+            raise ValueError(
+                f"--out {path}: line {foreign[0] + 1} is not sample {foreign[0]} of this run; name "
+                "another file, or delete it"
+            )
+        self.done = len(lines)
+        if world.rank == 0 and torn:
+            os.truncate(self.path, sum(map(len, lines)))
 
     @staticmethod
     def _of(line: bytes):
         try:
             entry = json.loads(line)
             return entry["index"], entry["run"]
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             return None
 
     def add(self, texts: list[str], ids: list[list[int]]) -> None:
@@ -612,7 +618,7 @@ def softmask_of(args: argparse.Namespace, state: dict) -> SoftMask | None:
         except (ValueError, KeyError, TypeError):
             raise ValueError(
                 f"--omegas {args.omegas} --k {args.k}: omega_s,omega_a,omega_b (and tau) and a "
-                "whole number or V, or a softmask.json"
+                "whole number or V; or a softmask.json, which has its own k"
             ) from None
         if len(omegas) not in (3, 4) or (len(omegas) == 4 and k is not None):
             raise ValueError(f"--omegas {args.omegas}: three numbers, for --k V a fourth, tau")
@@ -630,6 +636,8 @@ def read_omegas(text: str, k: str | None) -> tuple[list[float], int | None]:
     """The omegas and k of a softmask.json of train.py's, or of the flags."""
     if Path(text).is_file():
         found = json.loads(Path(text).read_text())
+        if k is not None or not (found["k"] is None or type(found["k"]) is int):
+            raise ValueError
         names = ["omega_s", "omega_a", "omega_b"] + (["tau"] if found["k"] is None else [])
         return [float(found[name]) for name in names], found["k"]
     return [float(v) for v in text.split(",")], None if k == "V" else int(k or 3)
@@ -643,10 +651,8 @@ def steps_of(args: argparse.Namespace, masks: int) -> int:
     """--nfe, or --budget (steps / tokens), or one step a mask."""
     if args.budget is None:
         return masks if args.nfe is None else args.nfe
-    try:
-        budget = Fraction(args.budget)
-    except (ValueError, ZeroDivisionError):
-        budget = Fraction(0)
+    short = re.fullmatch(r"\d{1,9}/0*[1-9]\d{0,8}|\d{0,9}\.?\d{1,9}", args.budget)
+    budget = Fraction(args.budget if short else 0)
     if not 0 < budget <= 1 or args.nfe is not None:
         raise ValueError(f"--budget {args.budget}: a share of the tokens like 1/4; without --nfe")
     return max(1, round(budget * masks))
@@ -663,6 +669,10 @@ def check(args: argparse.Namespace) -> None:
     for name in ("out", "trace"):
         if getattr(args, name):
             writable_folder(Path(getattr(args, name)).parent, f"--{name}")
+    if args.trace and Path(args.trace).exists():
+        raise ValueError(f"--trace {args.trace}: it exists; name another file, or delete it")
+    if args.trace and args.out and Path(args.trace).resolve() == Path(args.out).resolve():
+        raise ValueError(f"--trace {args.trace}: the same file as --out")
     if not 0 <= args.sm_switch <= 1:
         raise ValueError(f"--sm-switch {args.sm_switch}: between 0 and 1")
 
@@ -699,13 +709,11 @@ def converse(args, model: Dream, tokenizer, softmask, dtype) -> int:
     """Answers of a Dream model, to --prompt or in a --chat."""
     if args.infill or args.out or args.trace or args.length:
         raise ValueError("--infill, --out, --trace, --length: not for a Dream model")
-    new_tokens = args.new_tokens or 256
+    new_tokens = 256 if args.new_tokens is None else args.new_tokens
     if new_tokens < 1:
         raise ValueError(f"--new-tokens {new_tokens}: at least 1")
     nfe = steps_of(args, new_tokens)
     how = strategy_of(args, new_tokens, nfe, dream=True)
-    if nfe < 1 or (how.name in ORDERS and nfe > new_tokens):
-        raise ValueError(f"--nfe {nfe}: from 1, and for {how.name} to {new_tokens}, the masks")
     eos, im_end = tokenizer.eot_token, tokenizer.encode_single_token(TURN_ENDS)
     options = dict(
         dtype=dtype, schedule=schedule_of(args),
@@ -758,6 +766,10 @@ def chat(answer_to: Callable[[list[dict], int], str], seed: int) -> int:
             messages.pop()
             print("(stopped; Ctrl-C once more leaves)")
             continue
+        except ValueError as error:  # a message that does not fit: the next may
+            messages.pop()
+            print(f"sample.py: {error}", file=sys.stderr)
+            continue
         print(text, flush=True)
         messages.append({"role": "assistant", "content": text})
 
@@ -772,8 +784,6 @@ def write_samples(args, model, tokenizer, softmask, dtype) -> int:
     masks = int((start == model.mask_id).sum())
     nfe = steps_of(args, masks)
     how = strategy_of(args, length, nfe, dream=False)
-    if nfe < 1 or (how.name in ORDERS and nfe > masks):
-        raise ValueError(f"--nfe {nfe}: from 1, and for {how.name} to {masks}, the masks to fill")
     world = join_world(device)
     digest = hashlib.blake2b()
     for p in model.parameters():
@@ -795,7 +805,7 @@ def write_samples(args, model, tokenizer, softmask, dtype) -> int:
     tracing = args.trace and world.rank == 0
     trace = TraceFile(args.trace, head, partial(decode, tokenizer)) if tracing else None
     already, passes, batches, begin = samples.done, 0, 0, time.perf_counter()
-    with progress(total=(args.num - already) * nfe, desc="decoding", unit=" steps") as bar:
+    with progress(total=max(0, args.num - already) * nfe, desc="decoding", unit=" steps") as bar:
         while samples.done < args.num:
             first = samples.done + world.rank * args.batch_size
             here = range(min(first, args.num), min(first + args.batch_size, args.num))
@@ -815,8 +825,8 @@ def write_samples(args, model, tokenizer, softmask, dtype) -> int:
     if world.rank == 0:
         for i, text in enumerate(samples.texts):
             print(f"--- sample {i}\n{text}")
-        made = args.num - already
-        where = f" in {args.out}" if args.out else ""
+        made = samples.done - already
+        where = f" in {args.out}, which holds {samples.done}" if args.out else ""
         print(
             f"--- {made} samples{where}, {masks * made / seconds:.1f} tokens per second; "
             f"{how.name}, {nfe} steps, {passes / max(1, batches):.1f} network passes a batch; "

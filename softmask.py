@@ -180,9 +180,12 @@ class SoftMask(nn.Module):
         return self.omega_s * torch.sigmoid(self.omega_a * (neg_entropy - self.omega_b))
 
     def reduce(self, z: Tensor, table: Tensor) -> Feedback:
-        """Logits (N, V) in at least float32 to the feedback of their predictions."""
+        """Logits (N, V) in at least float32 to the feedback of their predictions. ValueError where
+        k > V."""
         if self.k is None:
             return Feedback(None, None, *_mix_vocabulary(z, self.tau, table))
+        if self.k > z.shape[1]:
+            raise ValueError(f"k = {self.k} is larger than the vocabulary of {z.shape[1]}")
         return Feedback(*_top_k_feedback(z, self.k))
 
     def feedback(self, model, rows: Tensor) -> Feedback:
@@ -191,8 +194,6 @@ class SoftMask(nn.Module):
         The logits are constants; only for k = |V| do gradients flow, to tau and the table, for
         which each chunk is computed again in the backward pass. ValueError where k > V.
         """
-        if self.k is not None and self.k > model.vocab_size:
-            raise ValueError(f"k = {self.k} is larger than the vocabulary of {model.vocab_size}")
 
         def reduced(h: Tensor) -> Feedback:
             with torch.no_grad():

@@ -33,7 +33,12 @@ class TraceFile:
         new = sorted(set(ids) - self.told)
         self.told.update(new)
         line["texts"] = {i: self.spell([i]) for i in new}
-        self.file.write(json.dumps(line, separators=(",", ":")) + "\n")
+        try:
+            self.file.write(json.dumps(line, separators=(",", ":")) + "\n")
+        except OSError as error:
+            raise OSError(
+                f"--trace {self.file.name}: cannot be written ({error.strerror})"
+            ) from None
 
 
 class TerminalView:

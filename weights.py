@@ -502,9 +502,11 @@ def read_adapter(folder: str, flag: str) -> dict:
             raise FileNotFoundError(f"{flag} {folder}: no {name} in it")
     try:
         config = json.loads((place / "adapter_config.json").read_text())
+        if not isinstance(config, dict):
+            raise ValueError("its adapter_config.json holds no settings")
         for option, allowed in SUPPORTED.items():
             value = config.get(option, allowed[0])
-            if value not in allowed:
+            if not any(value == one for one in allowed):
                 raise ValueError(f"its {option} {value} is not supported")
         modules: dict[str, dict] = {}
         with safe_open(place / "adapter_model.safetensors", framework="pt") as f:
@@ -513,7 +515,10 @@ def read_adapter(folder: str, flag: str) -> dict:
                 if kind not in ("lora_A", "lora_B", "lora_magnitude_vector"):
                     raise ValueError(f"its {key} is no part of a LoRA or DoRA")
                 ours = dream_name(module.removeprefix("base_model.model.") + ".weight")
-                modules.setdefault(ours, {})[kind] = f.get_tensor(key).float()
+                tensor = f.get_tensor(key).float()
+                if tensor.dim() != (1 if kind == "lora_magnitude_vector" else 2):
+                    raise ValueError(f"its {key} has the shape {tuple(tensor.shape)}")
+                modules.setdefault(ours, {})[kind] = tensor
         for ours, parts in modules.items():
             needed = {"lora_A", "lora_B"}
             needed |= {"lora_magnitude_vector"} if config.get("use_dora") else set()
@@ -524,7 +529,7 @@ def read_adapter(folder: str, flag: str) -> dict:
             sm = json.loads((place / "transparency_config.json").read_text())
             softmask, schedule = _adapter_softmask(sm)
         return {
-            "scaling": config["lora_alpha"] / config["r"],
+            "scaling": _scaling(config),
             "modules": modules,
             "softmask": softmask,
             "schedule": schedule,
@@ -532,6 +537,13 @@ def read_adapter(folder: str, flag: str) -> dict:
     except DAMAGE as error:
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise ValueError(f"{flag} {folder}: no adapter that can be read: {reason}") from None
+
+
+def _scaling(config: dict) -> float:
+    alpha, r = config.get("lora_alpha"), config.get("r")
+    if type(r) is not int or r < 1 or not isinstance(alpha, int | float) or not abs(alpha) < 1e9:
+        raise ValueError(f"its r {r}, lora_alpha {alpha}: a rank from 1 and a finite number")
+    return alpha / r
 
 
 def _adapter_softmask(sm: dict) -> tuple[dict | None, str]:
@@ -562,13 +574,14 @@ def merge_adapter(model: Dream, adapter: dict) -> None:
         if name not in weights:
             raise ValueError(f"--adapter: it adapts {name}, which the network does not have")
         w0, a, b = weights[name], parts["lora_A"], parts["lora_B"]
-        if (b.shape[0], a.shape[1]) != w0.shape or a.shape[0] != b.shape[1]:
+        magnitude = parts.get("lora_magnitude_vector", b[:, 0])
+        fits = (b.shape[0], a.shape[1]) == w0.shape and a.shape[0] == b.shape[1]
+        if not fits or magnitude.shape != w0.shape[:1]:
             raise ValueError(
-                f"--adapter: for another base: {name} is {tuple(w0.shape)}, its B A "
-                f"({b.shape[0]}, {a.shape[1]})"
+                f"--adapter: for another base: {name} is {tuple(w0.shape)}, its A "
+                f"{tuple(a.shape)}, B {tuple(b.shape)}, magnitude {tuple(magnitude.shape)}"
             )
         merged = w0.float() + adapter["scaling"] * (b @ a).to(w0.device)
         if "lora_magnitude_vector" in parts:
-            magnitude = parts["lora_magnitude_vector"].to(w0.device)
-            merged *= (magnitude / merged.norm(dim=1))[:, None]
+            merged *= (magnitude.to(w0.device) / merged.norm(dim=1))[:, None]
         w0.data = merged.to(w0.dtype)  # a weight that is mapped from a file stays as it is there

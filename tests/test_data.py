@@ -731,3 +731,30 @@ def test_answer_ends_with_its_turn_and_shows_no_control_tokens(small_dream, lear
     assert data.answer(small_dream, [end]) == data.answer(small_dream, []) == ""
     ids = [*data.encode(learned[1], "ab"), learned[1].n_vocab, learned[1].eot_token, 65]
     assert data.answer(learned[1], ids) == "ab[MASK]"
+
+
+@pytest.mark.parametrize("damage", ["{", "[]", '[{"finished": true}, "0"]', "tokens", "finished"])
+def test_a_damaged_state_of_a_build_costs_a_new_start_and_nothing_else(
+    tmp_path, small_pieces, monkeypatch, damage
+):
+    write_mixture(tmp_path / "texts")
+    where = (str(tmp_path / "texts"), "bytes", str(tmp_path / "cache"))
+    encode, left = data.encode_array, [60]
+
+    def failing(tokenizer, text):
+        left[0] -= 1
+        if left[0] == 0:
+            raise KeyboardInterrupt
+        return encode(tokenizer, text)
+
+    monkeypatch.setattr(data, "encode_array", failing)
+    with pytest.raises(KeyboardInterrupt):
+        data.open_corpus(*where)
+    (file,) = (tmp_path / "cache").rglob("progress.json")
+    state, check = json.loads(file.read_text())
+    state |= {"tokens": {"train": -5, "val": "x"}} if damage == "tokens" else {"finished": True}
+    file.write_text(json.dumps([state, check]) if damage.isalpha() else damage)
+    corpus = data.open_corpus(*where)
+    whole = data.open_corpus(*where[:2], str(tmp_path / "other"))
+    for split in ("train", "val"):
+        assert np.array_equal(corpus.streams[split], whole.streams[split])

@@ -167,3 +167,11 @@ def test_a_line_that_is_no_sample_is_named(tmp_path, line):
     file.write_text('{"ids": [1, 2, 3]}\n' + line + "\n")
     with pytest.raises(ValueError, match=r"s\.jsonl:2"):
         evaluate.read_samples(str(file), 258)
+
+
+def test_samples_of_different_lengths_are_not_compared(run, tmp_path):
+    for n in (3, 4):
+        (tmp_path / str(n)).write_text(json.dumps({"ids": [1] * n}) + "\n")
+    flags = ["gen", str(tmp_path / "3"), str(tmp_path / "4"), "--ckpt", str(run)]
+    with pytest.raises(ValueError, match="samples of 4 tokens beside those of 3"):
+        evaluate.gen(evaluate.parser().parse_args([*flags, "--cache", str(run)]))

@@ -4,9 +4,10 @@ import itertools
 import json
 import math
 import os
+import select
+import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -1151,10 +1152,11 @@ def in_a_terminal(folder, keys, term="xterm-256color"):
     if child == 0:
         os.execve(sys.executable, command, {**ENV, "TERM": term})
     shown, at = b"", 0
-    deadline = time.monotonic() + 120
     for awaited, typed in [*keys, (None, b"")]:
         while awaited is None or awaited not in shown[at:]:
-            assert time.monotonic() < deadline, shown
+            if not select.select([fd], [], [], 60)[0]:
+                os.kill(child, signal.SIGKILL)
+                pytest.fail(f"nothing more after {shown[-300:]}")
             try:
                 more = os.read(fd, 65536)
             except OSError:  # the other side is closed
@@ -1162,7 +1164,9 @@ def in_a_terminal(folder, keys, term="xterm-256color"):
             if not more:
                 break
             shown += more
-        at = len(shown)
+        if awaited in (None, b"") or awaited not in shown[at:]:
+            break
+        at = shown.index(awaited, at) + len(awaited)
         if typed:
             os.write(fd, typed)
     os.close(fd)
@@ -1188,3 +1192,43 @@ def test_ctrl_c_stops_the_answer_and_twice_leaves(folder):
     keys = [(b"> ", b"hello\n"), (b"\x1b[38;5;", b"\x03"), (b"> ", b"\x03")]
     shown, status = in_a_terminal(folder, keys)
     assert status == 130 and "\x1b[?25h" in shown and "Traceback" not in shown
+
+
+# Files that are not ours
+
+
+def two_steps(ckpt, *flags):
+    sample.main(sample.parser().parse_args(["--ckpt", str(ckpt), "--nfe", "2", *map(str, flags)]))
+
+
+def test_a_file_that_is_not_of_this_run_is_left_alone(checkpoint, tmp_path):
+    notes = tmp_path / "notes"
+    notes.write_text("my notes, no newline")
+    with pytest.raises(ValueError, match="line 1 is not sample 0"):
+        two_steps(checkpoint, "--out", notes)
+    assert notes.read_text() == "my notes, no newline"
+    with pytest.raises(ValueError, match="not a file"):
+        two_steps(checkpoint, "--out", "/dev/null")
+    with pytest.raises(ValueError, match="--trace .*exists"):
+        two_steps(checkpoint, "--trace", notes)
+    with pytest.raises(ValueError, match="same file"):
+        two_steps(checkpoint, "--out", tmp_path / "new", "--trace", tmp_path / "new")
+
+
+def test_a_link_stays_a_link_and_what_is_there_is_kept(checkpoint, tmp_path, capsys):
+    file, link = tmp_path / "samples.jsonl", tmp_path / "link.jsonl"
+    link.symlink_to(file)
+    two_steps(checkpoint, "--out", link, "--num", 2)
+    two_steps(checkpoint, "--out", link, "--num", 3)
+    assert link.is_symlink() and len(file.read_text().splitlines()) == 3
+    capsys.readouterr()
+    two_steps(checkpoint, "--out", link, "--num", 1)
+    assert "0 samples" in capsys.readouterr().out and len(file.read_text().splitlines()) == 3
+
+
+@pytest.mark.parametrize("k", ["3", 0, -1, 2.5])
+def test_a_damaged_softmask_json_is_named(checkpoint, tmp_path, k):
+    file = tmp_path / "softmask.json"
+    file.write_text(json.dumps({"k": k, "omega_s": 0.5, "omega_a": 1.0, "omega_b": -1.0}))
+    with pytest.raises(ValueError, match="--omegas|k = "):
+        two_steps(checkpoint, "--omegas", file)
