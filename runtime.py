@@ -7,6 +7,7 @@ not at all, signals that let the current step finish, errors of one line, progre
 import argparse
 import contextlib
 import ctypes
+import hashlib
 import json
 import math
 import os
@@ -252,6 +253,64 @@ def _step_of(line: str) -> float:
         return json.loads(line)["step"]
     except (ValueError, KeyError, TypeError):
         return math.inf  # half a line of a run that was killed
+
+
+class Samples:
+    """The samples of a run: kept, or appended to a JSONL file that a later run goes on with.
+
+    A line is {"index", "run", "text", "ids"}; `run` is a hash of all that decides the samples.
+    """
+
+    def __init__(self, path: str | None, settings: list, world: World):
+        self.path, self.world = path and Path(path).resolve(), world
+        self.run = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:12]
+        self.texts, self.done = [], 0
+        if not self.path or not self.path.exists():
+            return
+        if not self.path.is_file():
+            raise ValueError(f"--out {path}: not a file")
+        lines = self.path.read_bytes().splitlines(keepends=True)
+        torn = lines.pop() if lines and not lines[-1].endswith(b"\n") else b""
+        first = b'{"index": ' + str(len(lines)).encode()  # of a line that a killed run left half
+        foreign = [i for i, line in enumerate(lines) if self._of(line) != (i, self.run)]
+        if not (torn.startswith(first) or first.startswith(torn)):
+            foreign.append(len(lines))
+        if foreign:
+            raise ValueError(
+                f"--out {path}: line {foreign[0] + 1} is not sample {foreign[0]} of this run; name "
+                "another file, or delete it"
+            )
+        self.done = len(lines)
+        if world.rank == 0 and torn:
+            os.truncate(self.path, sum(map(len, lines)))
+
+    @staticmethod
+    def _of(line: bytes):
+        try:
+            entry = json.loads(line)
+            return entry["index"], entry["run"]
+        except (ValueError, KeyError, TypeError, RecursionError):
+            return None
+
+    def add(self, texts: list[str], ids: list[list[int]]) -> None:
+        """The samples of all processes, in the order of their ranks."""
+        for part in self.world.gather(list(zip(texts, ids, strict=True))):
+            lines = []
+            for text, one in part:
+                entry = {"index": self.done, "run": self.run, "text": text, "ids": one}
+                lines.append(json.dumps(entry) + "\n")
+                self.done += 1
+            if self.path is None:
+                self.texts += [text for text, _ in part]
+            elif self.world.rank == 0 and lines:
+                try:
+                    with open(self.path, "a") as f:
+                        f.writelines(lines)
+                except OSError as error:
+                    raise OSError(
+                        f"--out {self.path}: cannot be written ({error.strerror}); make room, and "
+                        "the same command goes on"
+                    ) from None
 
 
 # Signals and errors

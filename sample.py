@@ -15,7 +15,6 @@ import argparse
 import hashlib
 import json
 import math
-import os
 import re
 import sys
 import time
@@ -44,7 +43,7 @@ from data import (
 from model import Dream
 from runtime import (
     Parser,
-    World,
+    Samples,
     autocast,
     generator,
     join_world,
@@ -55,7 +54,6 @@ from runtime import (
     writable_folder,
 )
 from softmask import (
-    Feedback,
     SoftMask,
     at_least_float32,
     chunk_rows,
@@ -66,7 +64,7 @@ from softmask import (
     schedule_scale,
     top_k,
 )
-from viz import TerminalView, TraceFile
+from viz import TerminalView, TraceFile, trace_entries
 from weights import build_model, build_softmask, load_checkpoint, merge_adapter, read_adapter
 
 ANCESTRAL = ("mdlm", "remdm-cap", "remdm-rescale", "remdm-conf", "remdm-loop", "origin")
@@ -368,7 +366,7 @@ def generate(
             if trace:
                 scale = schedule.scale(1 - (i + 1) / nfe, left(), rows)
                 lam = None if feedback is None else scale * softmask.lam(feedback.neg_entropy)
-                for entry in _record(i, s, x, chosen, remasked, rows, feedback, lam):
+                for entry in trace_entries(i, s, x, chosen, remasked, rows, feedback, lam):
                     tell(entry)
             if on_step is not None:
                 on_step(i, x)
@@ -381,7 +379,7 @@ def generate(
                 model, hidden, rest, Strategy(how.name, temperature=0), generators, length
             )
             if trace:
-                for entry in _record(nfe, 0.0, x, rest, rest[:0], None, None, None):
+                for entry in trace_entries(nfe, 0.0, x, rest, rest[:0], None, None, None):
                     tell(entry)
     return x, done
 
@@ -455,28 +453,6 @@ def _by_confidence(model, hidden, masked, how, softmask, generators, attend, t, 
     return opens, tokens, join(seen) if seen else None
 
 
-def _record(step: int, t: float, x, chosen, remasked, rows, feedback: Feedback | None, lam):
-    """The trace of a step: a dictionary a sequence."""
-    length, flat = x.shape[1], x.flatten()
-    entries = [
-        {"row": b, "step": step, "t": round(t, 6), "drawn": [], "remasked": [], "soft": []}
-        for b in range(len(x))
-    ]
-    for place, token in zip(chosen.tolist(), flat[chosen].tolist()):
-        entries[place // length]["drawn"].append([place % length, token])
-    for place in remasked.tolist():
-        entries[place // length]["remasked"].append(place % length)
-    if feedback is not None:
-        n = len(rows)
-        ids = [[]] * n if feedback.ids is None else feedback.ids.tolist()
-        weights = [[]] * n if feedback.weights is None else feedback.weights.tolist()
-        numbers = zip(rows.tolist(), lam.tolist(), feedback.neg_entropy.tolist(), ids, weights)
-        for place, one_lam, neg_entropy, v, pi in numbers:
-            shown = [round(one_lam, 4), round(neg_entropy, 4), v, [round(w, 4) for w in pi]]
-            entries[place // length]["soft"].append([place % length, *shown])
-    return entries
-
-
 # The command line
 
 
@@ -535,64 +511,6 @@ def respond(
 def seed_of(seed: int, i: int) -> int:
     """The seed of sample i of a run, whatever its batch."""
     return (seed * 1_000_003 + i) % 2**63
-
-
-class Samples:
-    """The samples of a run: kept, or appended to a JSONL file that a later run goes on with.
-
-    A line is {"index", "run", "text", "ids"}; `run` is a hash of all that decides the samples.
-    """
-
-    def __init__(self, path: str | None, settings: list, world: World):
-        self.path, self.world = path and Path(path).resolve(), world
-        self.run = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:12]
-        self.texts, self.done = [], 0
-        if not self.path or not self.path.exists():
-            return
-        if not self.path.is_file():
-            raise ValueError(f"--out {path}: not a file")
-        lines = self.path.read_bytes().splitlines(keepends=True)
-        torn = lines.pop() if lines and not lines[-1].endswith(b"\n") else b""
-        first = b'{"index": ' + str(len(lines)).encode()  # of a line that a killed run left half
-        foreign = [i for i, line in enumerate(lines) if self._of(line) != (i, self.run)]
-        if not (torn.startswith(first) or first.startswith(torn)):
-            foreign.append(len(lines))
-        if foreign:
-            raise ValueError(
-                f"--out {path}: line {foreign[0] + 1} is not sample {foreign[0]} of this run; name "
-                "another file, or delete it"
-            )
-        self.done = len(lines)
-        if world.rank == 0 and torn:
-            os.truncate(self.path, sum(map(len, lines)))
-
-    @staticmethod
-    def _of(line: bytes):
-        try:
-            entry = json.loads(line)
-            return entry["index"], entry["run"]
-        except (ValueError, KeyError, TypeError, RecursionError):
-            return None
-
-    def add(self, texts: list[str], ids: list[list[int]]) -> None:
-        """The samples of all processes, in the order of their ranks."""
-        for part in self.world.gather(list(zip(texts, ids, strict=True))):
-            lines = []
-            for text, one in part:
-                entry = {"index": self.done, "run": self.run, "text": text, "ids": one}
-                lines.append(json.dumps(entry) + "\n")
-                self.done += 1
-            if self.path is None:
-                self.texts += [text for text, _ in part]
-            elif self.world.rank == 0 and lines:
-                try:
-                    with open(self.path, "a") as f:
-                        f.writelines(lines)
-                except OSError as error:
-                    raise OSError(
-                        f"--out {self.path}: cannot be written ({error.strerror}); make room, and "
-                        "the same command goes on"
-                    ) from None
 
 
 def strategy_of(args: argparse.Namespace, length: int, nfe: int, dream: bool) -> Strategy:

@@ -15,6 +15,32 @@ MASK_SIGN, RESET = "·", "\x1b[0m"
 PALEST, BRIGHTEST = 236, 250  # of the 24 greys of a terminal of 256 colours, for lambda 0 and 1
 
 
+def trace_entries(step: int, t: float, x, chosen, remasked, rows, feedback, lam) -> list[dict]:
+    """The trace of a step that left x (B, L): a dictionary a sequence (see `sample.generate`).
+
+    chosen, remasked and rows index the B * L positions: those drawn, those masked again, and those
+    that `feedback` with weights `lam` speaks of, None for plain masks.
+    """
+    length, flat = x.shape[1], x.flatten()
+    entries = [
+        {"row": b, "step": step, "t": round(t, 6), "drawn": [], "remasked": [], "soft": []}
+        for b in range(len(x))
+    ]
+    for place, token in zip(chosen.tolist(), flat[chosen].tolist()):
+        entries[place // length]["drawn"].append([place % length, token])
+    for place in remasked.tolist():
+        entries[place // length]["remasked"].append(place % length)
+    if feedback is not None:
+        n = len(rows)
+        ids = [[]] * n if feedback.ids is None else feedback.ids.tolist()
+        weights = [[]] * n if feedback.weights is None else feedback.weights.tolist()
+        numbers = zip(rows.tolist(), lam.tolist(), feedback.neg_entropy.tolist(), ids, weights)
+        for place, one_lam, neg_entropy, v, pi in numbers:
+            shown = [round(one_lam, 4), round(neg_entropy, 4), v, [round(w, 4) for w in pi]]
+            entries[place // length]["soft"].append([place % length, *shown])
+    return entries
+
+
 class TraceFile:
     """A trace as JSONL: a first line with what the run was and the ids that it started from, then a
     line a step and sample (see `sample.generate`). "texts" spells the ids that are new in a line.

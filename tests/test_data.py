@@ -287,6 +287,20 @@ def small_pieces(monkeypatch):
     monkeypatch.setattr(data, "SAVE_SECONDS", 0)
 
 
+def interrupt(monkeypatch, left: list[int], calls: list[str]):
+    """Let the left[0]-th text that is tokenized from here on end in Ctrl-C; `calls` notes them."""
+    encode = data.encode_array
+
+    def counted(tokenizer, text):
+        calls.append(text)
+        left[0] -= 1
+        if left[0] == 0:
+            raise KeyboardInterrupt
+        return encode(tokenizer, text)
+
+    monkeypatch.setattr(data, "encode_array", counted)
+
+
 def test_wrapped_blocks_are_the_textbooks_whatever_the_form_of_the_files(tmp_path, small_pieces):
     documents = write_mixture(tmp_path / "texts")
     spec = data.tokenizer_spec(data.learn_bpe(["line 1 of ünï\n\n \n"] * 9, entries=300))
@@ -310,18 +324,9 @@ def test_a_build_that_stops_at_any_place_goes_on_from_there(
     write_mixture(tmp_path / "texts")
     cache = str(tmp_path / "cache")
     whole = data.open_corpus(str(tmp_path / "texts"), "bytes", str(tmp_path / "other"), **form)
-    encode, calls = data.encode_array, []
-    stops = iter([3, 1, 20, 7, 40, 2])
+    stops, calls = iter([3, 1, 20, 7, 40, 2]), []
     left = [next(stops)]
-
-    def failing(tokenizer, text):
-        calls.append(text)
-        left[0] -= 1
-        if left[0] == 0:
-            raise KeyboardInterrupt
-        return encode(tokenizer, text)
-
-    monkeypatch.setattr(data, "encode_array", failing)
+    interrupt(monkeypatch, left, calls)
     for again in stops:
         with pytest.raises(KeyboardInterrupt):
             data.open_corpus(str(tmp_path / "texts"), "bytes", cache, **form)
@@ -351,15 +356,8 @@ def test_openwebtext_streams_through_datasets_and_goes_on_where_it_was_killed(
     monkeypatch.setattr(data, "OPENWEBTEXT", str(tmp_path))
     monkeypatch.setattr(data, "HELD_OUT_OPENWEBTEXT", 50)
     monkeypatch.chdir(tmp_path_factory.mktemp("elsewhere"))
-    encode, left = data.encode_array, [170]
-
-    def failing(tokenizer, text):
-        left[0] -= 1
-        if left[0] == 0:
-            raise KeyboardInterrupt
-        return encode(tokenizer, text)
-
-    monkeypatch.setattr(data, "encode_array", failing)
+    left = [170]
+    interrupt(monkeypatch, left, [])
     with pytest.raises(KeyboardInterrupt):
         data.open_corpus("openwebtext", "bytes")
     corpus = data.open_corpus("openwebtext", "bytes")
@@ -739,15 +737,7 @@ def test_a_damaged_state_of_a_build_costs_a_new_start_and_nothing_else(
 ):
     write_mixture(tmp_path / "texts")
     where = (str(tmp_path / "texts"), "bytes", str(tmp_path / "cache"))
-    encode, left = data.encode_array, [60]
-
-    def failing(tokenizer, text):
-        left[0] -= 1
-        if left[0] == 0:
-            raise KeyboardInterrupt
-        return encode(tokenizer, text)
-
-    monkeypatch.setattr(data, "encode_array", failing)
+    interrupt(monkeypatch, [60], [])
     with pytest.raises(KeyboardInterrupt):
         data.open_corpus(*where)
     (file,) = (tmp_path / "cache").rglob("progress.json")
