@@ -1150,6 +1150,7 @@ def in_a_terminal(folder, keys, term="xterm-256color"):
     command += ["--new-tokens", "64", "--omegas", "0.9,1,-9"]
     child, fd = pty.fork()
     if child == 0:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # whatever a job in the background inherits
         os.execve(sys.executable, command, {**ENV, "TERM": term})
     shown, at = b"", 0
     for awaited, typed in [*keys, (None, b"")]:
