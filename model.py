@@ -42,6 +42,12 @@ DREAM_SIZES = {  # name: sizes of Qwen2's shape
 Keep = Callable[[int, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
+def even_heads(width: int, n_heads: int) -> None:
+    """ValueError where rotary positions cannot pair the entries of a head."""
+    if width % n_heads or (width // n_heads) % 2:
+        raise ValueError(f"width {width} does not split into {n_heads} even heads")
+
+
 @dataclass
 class DiTConfig:
     """Sizes of a DiT. vocab_size counts the mask, the last id; block_size is the length L."""
@@ -56,8 +62,7 @@ class DiTConfig:
     time_conditioning: bool = False
 
     def __post_init__(self):
-        if self.width % self.n_heads or (self.width // self.n_heads) % 2:
-            raise ValueError(f"width {self.width} does not split into {self.n_heads} even heads")
+        even_heads(self.width, self.n_heads)
 
     def to_dict(self) -> dict:
         return asdict(self)
@@ -77,12 +82,17 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
 
 
-def padding(attend: Tensor | None, length: int, device) -> tuple[Tensor, Tensor | None]:
+def padding(
+    attend: Tensor | None, length: int, limit: int, device: torch.device
+) -> tuple[Tensor, Tensor | None]:
     """Positions (1 or B, L), counted from a row's first real token, and the attention mask
     (B, 1, L, L) of `attend`, bool (B, L), False at padding; None where nothing is padded.
 
     Nobody attends to padding but the padding itself, so that no row of a softmax is empty.
+    ValueError where the length is beyond the network's `limit`.
     """
+    if length > limit:
+        raise ValueError(f"{length} tokens; the network takes {limit}")
     if attend is None:
         return torch.arange(length, device=device)[None], None
     positions = (attend.cumsum(1) - 1).clamp(min=0)
@@ -219,15 +229,13 @@ class DiT(nn.Module):
         sigma is ignored (taken as 0 for all) without time conditioning; `attend` as in `padding`;
         `keep(layer, k, v)` as in `attention`. ValueError beyond length L.
         """
-        length = embeddings.shape[1]
-        if length > self.config.block_size:
-            raise ValueError(f"{length} tokens; the network takes {self.config.block_size}")
+        length, limit = embeddings.shape[1], self.config.block_size
+        positions, mask = padding(attend, length, limit, embeddings.device)
         if not self.config.time_conditioning:
             sigma = torch.zeros(1, device=embeddings.device)  # one row serves the whole batch
         elif sigma is None:
             raise ValueError("a time-conditioned network needs sigma, one for each sequence")
         c = self.sigma_map(sigma)  # (B or 1, cond_dim)
-        positions, mask = padding(attend, length, embeddings.device)
         common = (c, self.cos[positions], self.sin[positions], mask)
         x = run_blocks(self.blocks, embeddings, common, keep, self.checkpoint_activations)
         return self.norm_final(x, *self.adaLN(c).chunk(2, dim=-1))
@@ -258,8 +266,7 @@ class DreamConfig:
     time_conditioning: bool = False
 
     def __post_init__(self):
-        if self.width % self.n_heads or (self.width // self.n_heads) % 2:
-            raise ValueError(f"width {self.width} does not split into {self.n_heads} even heads")
+        even_heads(self.width, self.n_heads)
         if self.n_heads % self.n_kv_heads:
             raise ValueError(f"{self.n_heads} heads do not share {self.n_kv_heads} of k and v")
         if not 0 <= self.mask_id < self.vocab_size:
@@ -340,10 +347,8 @@ class Dream(nn.Module):
         keeps its own. `attend` as in `padding`; `keep(layer, k, v)` as in `attention`. ValueError
         beyond the longest context.
         """
-        length = embeddings.shape[1]
-        if length > self.config.block_size:
-            raise ValueError(f"{length} tokens; the network takes {self.config.block_size}")
-        positions, mask = padding(attend, length, embeddings.device)
+        length, limit = embeddings.shape[1], self.config.block_size
+        positions, mask = padding(attend, length, limit, embeddings.device)
         head_dim = self.config.width // self.config.n_heads
         common = (*rotary(positions, head_dim, self.config.rope_base), mask)
         x = run_blocks(self.layers, embeddings, common, keep, self.checkpoint_activations)

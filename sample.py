@@ -234,8 +234,8 @@ class Schedule(NamedTuple):
     by_masks: bool = False
 
     def scale(self, left: float, masks_left: Tensor, rows: Tensor | None) -> Tensor | float:
-        """The factor of lambda at `rows` (N,) of B * L: `left` is t/T, masks_left (B, L) bool of
-        the positions to fill that are masks; NaN elsewhere."""
+        """The factor of lambda at `rows` (N,) of B * L: `left` is t/T; masks_left (B, L) is 1 where
+        a position to fill is a mask, 0 where it is filled, NaN at those that were given."""
         if not self.by_masks or rows is None:
             return schedule_scale(left, *self[:3])
         shares = masks_left.nanmean(1).tolist()  # (B,)
@@ -357,10 +357,13 @@ def generate(
             if softmask is not None and (looks or changed.any()):
                 stays = masked & ~opens
                 rows = stays.flatten().nonzero()[:, 0]
-                parts = [softmask.certain(former, model.embedding)] if len(former) else []
-                if len(rows):
-                    new = softmask.feedback(model, hidden[rows]) if seen is None else seen
-                    parts.insert(0, new if seen is None else pick(seen, stays[masked]))
+                parts = []
+                if len(rows) and seen is None:
+                    parts.append(softmask.feedback(model, hidden[rows]))
+                elif len(rows):
+                    parts.append(pick(seen, stays[masked]))
+                if len(former):
+                    parts.append(softmask.certain(former, model.embedding))
                 rows = torch.cat([rows, remasked])
                 feedback = join(parts) if parts else None
             if trace:
@@ -408,8 +411,10 @@ def _noise(generators: list[torch.Generator], like: Tensor, attend: Tensor | Non
 
 def _draw_at(model, hidden, rows, how, generators, length: int) -> tuple[Tensor, Tensor]:
     """Tokens and their probabilities at `rows` (N,): only they meet the vocabulary."""
-    parts = [(rows, torch.zeros(len(rows), device=rows.device))] if not len(rows) else []
-    for part in rows.split(chunk_rows(model.vocab_size)) if len(rows) else ():
+    if not len(rows):
+        return rows, torch.zeros(0, device=rows.device)
+    parts = []
+    for part in rows.split(chunk_rows(model.vocab_size)):
         z = model.logits(hidden[part])
         z = at_least_float32(z) if z.device.type == "mps" else z.double()
         own = [generators[i] for i in (part // length).tolist()]
