@@ -26,7 +26,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from model import DREAM_SIZES, SIZES, DiT, DiTConfig, Dream, DreamConfig
-from runtime import Parser, autocast, generator, pick_device, pick_dtype, progress, run
+from runtime import Parser, autocast, generator, memory, pick_device, pick_dtype, progress, run
 from sample import Strategy, generate
 from softmask import SoftMask, antithetic_times, diffusion_loss, soft_sequences
 from tests import reference
@@ -379,21 +379,6 @@ def dream_steps(model, x: torch.Tensor, softmask: SoftMask | None, device) -> li
     with contextlib.suppress(StopIteration):
         generate(model, x, int((x == model.mask_id).sum()) // 4, softmask, how, on_step=mark)
     return [b - a for a, b in pairwise(marks)]
-
-
-def memory(device: torch.device, reset: bool = False) -> int:
-    """Bytes: the memory held now, starting a new peak (`reset`), or the peak since then."""
-    if device.type == "cuda":
-        if reset:
-            torch.cuda.reset_peak_memory_stats()
-            return torch.cuda.memory_allocated()
-        return torch.cuda.max_memory_allocated()
-    if reset:
-        with open("/proc/self/clear_refs", "w") as f:
-            f.write("5")
-    key = "VmRSS" if reset else "VmHWM"
-    with open("/proc/self/status") as f:
-        return next(int(line.split()[1]) * 1024 for line in f if line.startswith(key))
 
 
 def parser() -> Parser:

@@ -3,11 +3,10 @@
     python data.py openwebtext                # the paper's corpus, split and blocks
     python data.py FOLDER --tokenizer gpt2    # text, JSONL or parquet, ahead of a run
 
-Every tokenizer is a `tiktoken.Encoding`: `gpt2`; `bytes`; `dream`, with its chat template; and
-`stdlib`, a byte-level BPE of 2,048 entries learned from the embedded corpus, the Python standard
-library's own source. A corpus is a folder of `train.bin`, `val.bin` and `meta.json`, made once and
-memory-mapped after that; making it takes all cores and little memory, and goes on where it was
-stopped.
+Every tokenizer is a `tiktoken.Encoding`: `gpt2`; `bytes`; `dream`; and `stdlib`, a
+byte-level BPE of 2,048 entries learned from the embedded corpus, the Python standard library's own
+source. A corpus is a folder of `train.bin`, `val.bin` and `meta.json`, made once and memory-mapped
+after that; making it takes all cores and little memory, and goes on where it was stopped.
 """
 
 import argparse
@@ -27,7 +26,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
-from itertools import islice, takewhile
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -54,7 +53,6 @@ DREAM_SPECIAL = (  # their ids follow the vocabulary's, in this order
     "<|image_pad|> <|video_pad|> <tool_call> </tool_call> <|fim_prefix|> <|fim_middle|> "
     f"<|fim_suffix|> <|fim_pad|> <|repo_name|> <|file_sep|> <|beginoftext|> {DREAM_MASK}"
 ).split()
-DEFAULT_SYSTEM = "You are a helpful assistant."
 HELD_OUT = 20  # one document in 20 is held out
 OPENWEBTEXT, HELD_OUT_OPENWEBTEXT = "Skylion007/openwebtext", 100_000
 PIECE = 2**22  # characters of text, or tokens, in memory at a time
@@ -128,7 +126,7 @@ def dream_tokenizer(folder: str | Path) -> tiktoken.Encoding:
     FileNotFoundError or ValueError where vocab.json or merges.txt is missing or damaged.
     """
     folder = Path(folder).absolute()
-    vocab, lines = _read(folder / "vocab.json"), _read(folder / "merges.txt").split("\n")
+    vocab, lines = read_whole(folder / "vocab.json"), read_whole(folder / "merges.txt").split("\n")
     merges = [line for line in lines if line and not line.startswith("#version")]
     try:
         word_of = {token: word for word, token in vocab.items()}
@@ -152,8 +150,8 @@ def dream_tokenizer(folder: str | Path) -> tiktoken.Encoding:
     return tokenizer
 
 
-def _read(file: Path):
-    """The text of a file, or the value in it where it is JSON."""
+def read_whole(file: Path):
+    """The text of a file, or the value in it where it is JSON; ValueError where it is damaged."""
     try:
         text = file.read_text("utf-8")
         return json.loads(text) if file.suffix == ".json" else text
@@ -237,71 +235,6 @@ def token_bytes(tokenizer: tiktoken.Encoding) -> Tensor:
     for word, token in tokenizer._mergeable_ranks.items():
         sizes[token] = len(word)
     return torch.tensor(sizes)
-
-
-# Chat, in Dream's tokens
-
-
-def chat_ids(
-    tokenizer: tiktoken.Encoding,
-    messages: list[dict],
-    system: str = DEFAULT_SYSTEM,
-    begin: str = "",
-) -> list[int]:
-    """The ids of a chat, [{"role": "system" | "user" | "assistant", "content": text}].
-
-    `system` goes before a chat that does not start with a system message. Where the assistant did
-    not speak last, its turn is opened and left open after the text `begin`. Control tokens are put
-    in as ids, so that no content can spell them. ValueError for a chat that is none.
-    """
-    start, end = (tokenizer.encode_single_token(text) for text in (TURN, TURN_ENDS))
-    turns = [_turn(message) for message in messages]
-    if not turns:
-        raise ValueError("a chat without messages")
-    if messages[0]["role"] != "system":
-        turns.insert(0, f"system\n{system}")
-    newline, ids = encode(tokenizer, "\n"), []
-    for turn in turns:
-        ids += [start, *encode(tokenizer, turn), end, *newline]
-    if messages[-1]["role"] != "assistant":
-        ids += [start, *encode(tokenizer, f"assistant\n{begin}")]
-    elif begin:
-        raise ValueError(f"an answer that begins with {begin!r}, but the assistant has spoken")
-    return ids
-
-
-def _turn(message: dict) -> str:
-    match message:
-        case {"role": "system" | "user" | "assistant" as role, "content": str(content)}:
-            return f"{role}\n{content}"
-    raise ValueError(
-        f'{message!r:.80}: a message has a "role" (system, user or assistant) and a "content" text'
-    )
-
-
-def system_line(folder: str | Path) -> str:
-    """The default system line of a folder's tokenizer_config.json, else Dream's.
-
-    It is the constant text that the chat template has between system's control tokens; the
-    template is a program, which is not run. ValueError where the file is damaged.
-    """
-    file = Path(folder) / "tokenizer_config.json"
-    match _read(file) if file.exists() else None:
-        case {"chat_template": str(template)}:
-            # A quote ends the constant, unless it is escaped or an apostrophe inside a word.
-            text = r"((?:[^'\"{}\\]|\\[n'\"\\]|\b'\b)+)"
-            found = re.search(rf"<\|im_start\|>system(?:\\n|\n){text}<\|im_end\|>", template)
-            if found:
-                return re.sub(r"\\(.)", lambda m: "\n" if m[1] == "n" else m[1], found[1])
-    return DEFAULT_SYSTEM
-
-
-def answer(tokenizer: tiktoken.Encoding, ids: Iterable[int]) -> str:
-    """The text up to the first end of text or turn; control tokens before it do not show."""
-    special, mask = tokenizer._special_tokens, mask_id(tokenizer)
-    ends = (special[END_OF_TEXT], special.get(TURN_ENDS))
-    said = takewhile(lambda i: i not in ends, map(int, ids))
-    return decode(tokenizer, (i for i in said if i == mask or not tokenizer.is_special_token(i)))
 
 
 # Texts: documents, in pieces that fit in memory
@@ -446,21 +379,28 @@ def _jsonl_texts(file: Path) -> Iterator[tuple[int, str]]:
 
 
 def _parquet_texts(file: Path) -> Iterator[tuple[int, str]]:
+    i = 0
+    with open_parquet(file, "text") as table:
+        for batch in table.iter_batches(64, columns=["text"]):
+            for text in batch.column(0).to_pylist():
+                i += 1
+                if text is not None and not isinstance(text, str):
+                    raise ValueError(f'{file}: its column "text" holds no text')
+                yield i, text or ""
+
+
+@contextlib.contextmanager
+def open_parquet(file: Path, column: str) -> Iterator:
+    """pyarrow's ParquetFile with this column; ValueError where it is none or cannot be read."""
     try:
         from pyarrow import ArrowException, parquet  # optional, and it comes with `datasets`
     except ImportError:
         raise ValueError(f"{file}: parquet is read by pyarrow; pip install pyarrow") from None
-    i = 0
     try:
         with parquet.ParquetFile(file) as table:
-            if "text" not in table.schema_arrow.names:
-                raise ValueError(f'{file}: no column "text" in {table.schema_arrow.names}')
-            for batch in table.iter_batches(64, columns=["text"]):
-                for text in batch.column(0).to_pylist():
-                    i += 1
-                    if text is not None and not isinstance(text, str):
-                        raise ValueError(f'{file}: its column "text" holds no text')
-                    yield i, text or ""
+            if column not in table.schema_arrow.names:
+                raise ValueError(f'{file}: no column "{column}" in {table.schema_arrow.names}')
+            yield table
     except (ArrowException, OSError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"{file}: not parquet that can be read: {reason}") from None

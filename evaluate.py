@@ -22,7 +22,8 @@ import torch
 
 from data import decode, open_corpus, token_bytes, vocab_size
 from runtime import Parser, pick_device, pick_dtype, run
-from train import EVAL_BATCH, bits_per_byte, nelbo, perplexity
+from train import EVAL_BATCH, bits_per_byte, in_batches
+from training import nelbo, perplexity
 from weights import build_model, build_softmask, load_checkpoint
 
 
@@ -54,7 +55,7 @@ def ppl(args: argparse.Namespace) -> None:
         blocks = blocks[torch.arange(limit) * len(blocks) // limit]
     if softmask is not None:
         softmask.to(device)
-    nats, error = nelbo(model, blocks, softmask if passes == 2 else None, device, dtype)
+    nats, error = nelbo(model, in_batches(blocks), softmask if passes == 2 else None, device, dtype)
     bpb = bits_per_byte(nats, blocks, token_bytes(corpus.tokenizer))
     ratio = bpb / nats
     where = f"{corpus.meta['source']} ({'+'.join(splits)})"

@@ -11,6 +11,7 @@ import hashlib
 import json
 import math
 import os
+import resource
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -107,6 +108,24 @@ def progress(iterable=None, **kwargs) -> tqdm:
     """A tqdm bar on stderr, silent where stderr is not a terminal, and on all ranks but 0."""
     silent = True if os.environ.get("RANK", "0") != "0" else None
     return tqdm(iterable, file=sys.stderr, disable=silent, dynamic_ncols=True, **kwargs)
+
+
+def memory(device: torch.device, reset: bool = False) -> int:
+    """Bytes: the memory held now, starting a new peak (`reset`), or the peak since then."""
+    if device.type == "cuda":
+        if reset:
+            torch.cuda.reset_peak_memory_stats()
+            return torch.cuda.memory_allocated()
+        return torch.cuda.max_memory_allocated()
+    if not Path("/proc/self/status").exists():  # a system that knows no more than the whole peak
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else peak * 1024
+    if reset:
+        with open("/proc/self/clear_refs", "w") as f:
+            f.write("5")
+    key = "VmRSS" if reset else "VmHWM"
+    with open("/proc/self/status") as f:
+        return next(int(line.split()[1]) * 1024 for line in f if line.startswith(key))
 
 
 # The processes of a job

@@ -29,17 +29,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from data import (
-    MASK_TEXT,
-    TURN_ENDS,
-    answer,
-    chat_ids,
-    decode,
-    encode,
-    load_tokenizer,
-    mask_id,
-    system_line,
-)
+from chat import answer, chat_ids, system_line
+from data import MASK_TEXT, TURN_ENDS, decode, encode, load_tokenizer, mask_id
 from model import Dream
 from runtime import (
     Parser,
@@ -609,14 +600,11 @@ def main(args: argparse.Namespace) -> int:
     tokenizer = load_tokenizer(state["tokenizer"])
     model = build_model(state, ema=True).to(device).eval()
     if args.adapter:
-        if not isinstance(model, Dream):
-            raise ValueError("--adapter: for a Dream model")
         adapter = read_adapter(args.adapter, "--adapter")
         merge_adapter(model, adapter)
-        state["softmask"] = adapter["softmask"]
-        if adapter["schedule"] != "none" and args.sm_schedule is None:
-            args.sm_schedule = adapter["schedule"]
-            args.sm_by_masks = True
+        state |= {"softmask": adapter["softmask"], "schedule": adapter["schedule"]}
+    if state.get("schedule", "none") != "none" and args.sm_schedule is None:
+        args.sm_schedule, args.sm_by_masks = state["schedule"], True
     softmask = softmask_of(args, state)
     softmask = softmask.to(device) if softmask is not None else None
     if isinstance(model, Dream):

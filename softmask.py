@@ -54,12 +54,14 @@ def corrupt(
 ) -> tuple[Tensor, Tensor]:
     """Draw x_t ~ q(x_t | x_0): each token becomes the mask m with probability 1 - alpha_t.
 
-    x0 (B, L) tokens, t (B,) times, noise (B, L) independent U(0, 1) numbers; `maskable` (B, L) may
-    exclude positions (a prompt). Returns x_t (B, L) and the positions masked, bool (B, L).
+    x0 (B, L) tokens, t (B,) times, noise (B, L) independent U(0, 1) numbers; `maskable` (B, L)
+    excludes positions (a prompt): of the others a sequence always has one masked, that of the
+    smallest number. Returns x_t (B, L) and the positions masked, bool (B, L).
     """
     masked = noise < mask_probability(t, eps)[:, None]
     if maskable is not None:
-        masked = masked & maskable
+        noise = noise.masked_fill(~maskable, math.inf)
+        masked = (masked | (noise == noise.amin(1, keepdim=True))) & maskable
     return torch.where(masked, mask_id, x0), masked
 
 
@@ -303,34 +305,41 @@ def denoise(
 
 
 def first_pass(
-    model, softmask: SoftMask, xt: Tensor, sigma: Tensor, masked: Tensor, soft: Tensor
+    model,
+    softmask: SoftMask,
+    xt: Tensor,
+    sigma: Tensor,
+    masked: Tensor,
+    soft: Tensor,
+    attend: Tensor | None = None,
 ) -> tuple[Tensor, Feedback]:
     """Algorithm 1, lines 5 and 6: predict without gradient; for the sequences in `soft` (B,) only.
 
     Returns the N masked rows of those sequences (N,), indices into B * L, and their feedback.
     """
     rows = (masked & soft[:, None]).flatten().nonzero().squeeze(1)  # (N,)
+    attend = None if attend is None else attend[soft]
     with torch.no_grad():
-        hidden = denoise(model, xt[soft], sigma[soft])[masked[soft]]  # (N, D)
+        hidden = denoise(model, xt[soft], sigma[soft], attend=attend)[masked[soft]]  # (N, D)
     return rows, softmask.feedback(model, hidden)
 
 
 @torch.no_grad()
-def entropy_quantile(model, x0: Tensor, t: Tensor, noise: Tensor, share: float) -> float:
-    """LB of appendix A.2: the `share` quantile of -H (nats) at the masked positions of x_t.
+def negative_entropies(
+    model,
+    x0: Tensor,
+    t: Tensor,
+    noise: Tensor,
+    maskable: Tensor | None = None,
+    attend: Tensor | None = None,
+) -> Tensor:
+    """-H(p) in nats (N,) at the masked positions of x_t, which `corrupt` draws from x0 (B, L).
 
-    ValueError where nothing is masked.
+    Their 5 % quantile is LB of appendix A.2.
     """
-    xt, masked = corrupt(x0, t, noise, model.mask_id, model.mask_eps)
-    sigma = noise_level(t, model.mask_eps)
-    found = []
-    for part in torch.arange(len(x0), device=x0.device).split(8):
-        rows = denoise(model, xt[part], sigma[part])[masked[part]]  # (N, D)
-        if len(rows):
-            found.append(SoftMask(1).feedback(model, rows).neg_entropy)
-    if not found:
-        raise ValueError("no position is masked at these times: raise b_h")
-    return torch.cat(found).float().quantile(share).item()
+    xt, masked = corrupt(x0, t, noise, model.mask_id, model.mask_eps, maskable)
+    rows = denoise(model, xt, noise_level(t, model.mask_eps), attend=attend)[masked]  # (N, D)
+    return SoftMask(1).feedback(model, rows).neg_entropy
 
 
 def soft_sequences(u: float, n: int, p_sm: float) -> Tensor:
@@ -351,21 +360,27 @@ def diffusion_loss(
     softmask: SoftMask | None = None,
     soft: Tensor | None = None,
     maskable: Tensor | None = None,
+    attend: Tensor | None = None,
+    average: str = "tokens",
 ) -> Tensor:
     """Algorithm 1, lines 4 to 8: sum over masked positions of -log p(x0_l) / t, in nats.
 
     x0 (B, L), t (B,), noise (B, L) in U(0, 1), soft bool (B,): the sequences that get two passes,
-    by default all (without `softmask` none: the binary baseline). The caller divides by its number
-    of tokens; the expectation of the sum over t ~ U(0, 1) is the NELBO of the batch.
+    by default all (without `softmask` none: the binary baseline); `maskable` as in `corrupt`;
+    `attend` bool (B, L), False at padding. The caller divides by its number of tokens; the
+    expectation of the sum over t ~ U(0, 1) is the NELBO of the batch. With the `average` "masked",
+    as in the released fine-tuning, a sequence's sum is divided by its number of masked positions,
+    and the caller divides by its number of sequences.
     """
     xt, masked = corrupt(x0, t, noise, model.mask_id, model.mask_eps, maskable)
     sigma = noise_level(t, model.mask_eps)  # (B,)
     rows, feedback = None, None
     soft = torch.ones_like(t, dtype=torch.bool) if soft is None else soft
     if softmask is not None and bool(soft.any()):
-        rows, feedback = first_pass(model, softmask, xt, sigma, masked, soft)
-    hidden = denoise(model, xt, sigma, softmask, rows, feedback)  # (B, L, D), line 7
-    weights = (1 / t)[:, None].expand_as(x0)[masked]  # (N,)
+        rows, feedback = first_pass(model, softmask, xt, sigma, masked, soft, attend)
+    hidden = denoise(model, xt, sigma, softmask, rows, feedback, attend=attend)  # (B, L, D), line 7
+    share = masked.sum(1).clamp(min=1) if average == "masked" else 1
+    weights = (1 / (t * share))[:, None].expand_as(x0)[masked]  # (N,)
     loss = weighted_nll(model, hidden[masked], x0[masked], weights)  # line 8
     if softmask is not None and feedback is None:
         loss = loss + 0 * sum(p.sum() for p in softmask.parameters())

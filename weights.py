@@ -6,14 +6,16 @@
     hub           a folder or a hub id: config.json and safetensors with "backbone." keys (MDLM)
     Dream         the same with Qwen2's keys, in shards; its tokenizer's files beside them
 
-`load_checkpoint` turns each into the same dictionary. No file makes code of its maker's run:
-pickles pass through an unpickler that knows tensors and plain containers, and for which every other
-class is an inert placeholder.
+`load_checkpoint` turns each into the same dictionary; `write_model` writes the last two. An adapter
+is a folder in PEFT's format (`read_adapter`, `write_adapter`). No file makes code of its maker's
+run: pickles pass through an unpickler that knows tensors and plain containers, and for which every
+other class is an inert placeholder.
 """
 
 import collections
 import json
 import pickle
+import shutil
 import sys
 import zipfile
 from pathlib import Path
@@ -22,6 +24,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 from torch import Tensor
 
 from model import DiT, DiTConfig, Dream, DreamConfig
@@ -38,8 +41,11 @@ HUB = {
     "dream": "Dream-org/Dream-v0-Instruct-7B",
     "dream-coder": "Dream-org/Dream-Coder-v0-Instruct-7B",
 }
-FETCHED = ["*.safetensors*", "config.json", "tokenizer_config.json", "vocab.json", "merges.txt"]
+TOKENIZER = ("vocab.json", "merges.txt", "tokenizer_config.json")
+SOFT_MASK = "transparency_config.json"  # the released adapters' name for the omegas' file
+FETCHED = ["*.safetensors*", "config.json", SOFT_MASK, *TOKENIZER]
 GPT2_IDS = 50_258  # GPT-2's vocabulary and the mask
+SHARD = 2**30  # bytes of a file that `write_model` writes, or one tensor
 
 
 # Our checkpoints
@@ -283,9 +289,11 @@ def _from_hub(folder: Path, files: list[Path] | None, device, dtype) -> dict:
     files = files or sorted(folder.glob("*.safetensors"))
     if not files:
         raise ValueError("no .safetensors beside its config.json")
-    hub = {}
+    hub, softmask, schedule = {}, None, "none"
     if (folder / "config.json").exists():
         hub = json.loads((folder / "config.json").read_text())
+    if (folder / SOFT_MASK).exists():
+        softmask, schedule = _read_softmask(folder / SOFT_MASK)
     weights, formats = {}, set()
     for file in progress(files, desc="loading", unit=" files", delay=1):
         if not file.exists():
@@ -304,13 +312,17 @@ def _from_hub(folder: Path, files: list[Path] | None, device, dtype) -> dict:
     if "model.embed_tokens.weight" in weights:
         if torch.float16 in formats:
             print(f"{folder}: float16 weights, taken as bfloat16", file=sys.stderr)
-        return _dream(weights, hub, folder)
-    config, model = _published(weights, hub)
-    return _state(config, model, None, None)
+        state = _dream(weights, hub, folder)
+    else:
+        config, model = _published(weights, hub)
+        state = _state(config, model, None, None, hub.get("tokenizer"))
+    return state | {"softmask": softmask, "schedule": schedule}
 
 
 def dream_name(name: str) -> str:
-    """Our name of a parameter of Dream's (Qwen2's) files."""
+    """Our name of a parameter of Dream's (Qwen2's) files; another network's stays."""
+    if not name.startswith(("model.", "lm_head.")):
+        return name
     for old, new in (
         ("model.embed_tokens.weight", "embedding"), ("lm_head.", "head."), ("model.", ""),
         ("self_attn.", ""), ("mlp.", ""),
@@ -437,12 +449,16 @@ def _shapes(config: DiTConfig) -> dict[str, torch.Size]:
         return {name: p.shape for name, p in DiT(config).named_parameters()}
 
 
-def _state(config: DiTConfig, model: dict, ema: list | None, softmask: dict | None) -> dict:
-    if config.vocab_size != GPT2_IDS:
+def _state(
+    config: DiTConfig, model: dict, ema: list | None, softmask: dict | None, tokenizer=None
+) -> dict:
+    if tokenizer is None and config.vocab_size != GPT2_IDS:
         raise ValueError(f"a vocabulary of {config.vocab_size}; published ones have {GPT2_IDS}")
+    if tokenizer is not None and tokenizer["name"] not in ("stdlib", "gpt2", "bytes"):
+        raise ValueError(f"its tokenizer {tokenizer['name']!r} is none of stdlib, gpt2, bytes")
     return {
         "format": FORMAT, "config": config.to_dict(), "model": model, "ema": ema,
-        "softmask": softmask, "step": 0, "tokenizer": {"name": "gpt2"},
+        "softmask": softmask, "step": 0, "tokenizer": tokenizer or {"name": "gpt2"},
         "args": {"data": None, "block_size": config.block_size},
     }  # fmt: skip
 
@@ -453,6 +469,8 @@ def _state(config: DiTConfig, model: dict, ema: list | None, softmask: dict | No
 def build_model(state: dict, ema: bool, **changes) -> DiT | Dream:
     """The network of a checkpoint with its EMA weights where asked for and there, or its raw ones;
     `changes` replace config entries. ValueError where the parts do not belong together."""
+    if "adapter" in state:
+        raise ValueError("the state of a fine-tuning: name its base, and its folder by --adapter")
     try:
         config = state["config"] | changes
         if "n_kv_heads" in config:
@@ -479,6 +497,64 @@ def build_softmask(state: dict) -> SoftMask | None:
     return softmask
 
 
+def hub_config(config: DiTConfig | DreamConfig) -> dict:
+    """The entries of a published config.json for these sizes."""
+    c = config
+    if isinstance(c, DreamConfig):
+        return {
+            "vocab_size": c.vocab_size, "max_position_embeddings": c.block_size,
+            "num_hidden_layers": c.n_layers, "num_attention_heads": c.n_heads,
+            "num_key_value_heads": c.n_kv_heads, "hidden_size": c.width,
+            "intermediate_size": c.mlp_width, "mask_token_id": c.mask_id,
+            "rope_theta": c.rope_base, "rms_norm_eps": c.rms_eps,
+        }  # fmt: skip
+    return {
+        "vocab_size": c.vocab_size, "model_length": c.block_size, "n_blocks": c.n_layers,
+        "n_heads": c.n_heads, "hidden_dim": c.width, "cond_dim": c.cond_dim,
+        "dropout": c.dropout, "time_conditioning": c.time_conditioning,
+    }  # fmt: skip
+
+
+def write_model(folder: str, flag: str, model: DiT | Dream, state: dict) -> None:
+    """Write a network as a hub's folder that `load_checkpoint` opens: safetensors of at most SHARD
+    bytes, Dream's tokenizer (a DiT's is in config.json) and the soft mask of `state`, config.json
+    last, without which a folder is none. OSError where it cannot be written."""
+    place = Path(folder)
+    if isinstance(model, Dream):
+        tensors = {published_name(n): p.data for n, p in model.named_parameters()}
+        source = Path(state["tokenizer"]["folder"])
+        config = json.loads((source / "config.json").read_text()) | hub_config(model.config)
+        for name in TOKENIZER:
+            if (source / name).exists():
+                shutil.copyfile(source / name, place / name)
+    else:
+        ours = dict(model.named_parameters())
+        names = mdlm_names(model.config.n_layers)
+        tensors = {f"backbone.{theirs}": ours[name].data for theirs, name in names}
+        config = {**hub_config(model.config), "tokenizer": state["tokenizer"]}
+    shards, size = [{}], 0
+    for name, tensor in tensors.items():
+        if shards[-1] and size + tensor.nbytes > SHARD:
+            shards.append({})
+            size = 0
+        shards[-1][name] = tensor.contiguous()
+        size += tensor.nbytes
+    where = {}
+    for i, shard in enumerate(progress(shards, desc="writing", unit=" files", delay=1)):
+        name = f"model-{i + 1:05}-of-{len(shards):05}.safetensors"
+        with atomic_write(place / name) as f:
+            f.write(save(shard, {"format": "pt"}))
+        where |= dict.fromkeys(shard, name)
+    files = {
+        "model.safetensors.index.json": {"metadata": {}, "weight_map": where},
+        SOFT_MASK: _described_softmask(build_softmask(state), state.get("schedule", "none")),
+        "config.json": config,
+    }
+    for name, content in files.items():
+        with atomic_write(place / name, "w") as f:
+            json.dump(content, f, indent=2)
+
+
 # Adapters
 
 
@@ -490,8 +566,9 @@ SUPPORTED = {  # adapter_config.json: what each option may be
 
 
 def read_adapter(folder: str, flag: str) -> dict:
-    """A PEFT folder of a LoRA or DoRA, and the soft mask that the released ones carry:
-    {"scaling": alpha / r, "modules": {ours: (A, B, magnitude or None)}, "softmask", "schedule"}.
+    """A PEFT folder of a LoRA or DoRA, and the soft mask that the released ones carry: {"r",
+    "alpha", "dropout", "targets": names, "modules": {our weight's name: {"lora_A" (r, in), "lora_B"
+    (out, r), with DoRA "lora_magnitude_vector" (out,)}}, "softmask", "schedule"}.
 
     Paths in its config are never followed. FileNotFoundError, or ValueError that names `flag` and
     the option that is not supported or the file that is damaged.
@@ -525,63 +602,126 @@ def read_adapter(folder: str, flag: str) -> dict:
             if parts.keys() != needed:
                 raise ValueError(f"{ours} has {sorted(parts)}, where {sorted(needed)} are needed")
         softmask, schedule = None, "none"
-        if (place / "transparency_config.json").is_file():
-            sm = json.loads((place / "transparency_config.json").read_text())
-            softmask, schedule = _adapter_softmask(sm)
+        if (place / SOFT_MASK).is_file():
+            softmask, schedule = _read_softmask(place / SOFT_MASK)
+        r, alpha = _rank_and_alpha(config)
+        targets = config.get("target_modules") or []
         return {
-            "scaling": _scaling(config),
-            "modules": modules,
-            "softmask": softmask,
-            "schedule": schedule,
-        }
+            "r": r, "alpha": alpha, "dropout": config.get("lora_dropout") or 0.0,
+            "targets": [targets] if isinstance(targets, str) else targets,
+            "modules": modules, "softmask": softmask, "schedule": schedule,
+        }  # fmt: skip
     except DAMAGE as error:
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise ValueError(f"{flag} {folder}: no adapter that can be read: {reason}") from None
 
 
-def _scaling(config: dict) -> float:
+def _rank_and_alpha(config: dict) -> tuple[int, float]:
     alpha, r = config.get("lora_alpha"), config.get("r")
     if type(r) is not int or r < 1 or not isinstance(alpha, int | float) or not abs(alpha) < 1e9:
         raise ValueError(f"its r {r}, lora_alpha {alpha}: a rank from 1 and a finite number")
-    return alpha / r
+    return r, alpha
 
 
-def _adapter_softmask(sm: dict) -> tuple[dict | None, str]:
-    """transparency_config.json of the released adapters: the soft mask, as in a checkpoint, and the
-    kind of its schedule."""
+SCHEDULES = {"none": "none", "linear": "linear", "stepwise": "step"}  # theirs to ours
+TOP_K, TEMPERATURE = "mixinputs_with_topk", "mixinputs_with_temp"
+
+
+def _read_softmask(file: Path) -> tuple[dict | None, str]:
+    """The released adapters' file of the omegas: the soft mask, as in a checkpoint, and the kind of
+    its schedule."""
+    sm = json.loads(file.read_text())
     alg = sm["transparency_alg"]
     if alg == "none":
         return None, "none"
-    kinds = {"mixinputs_with_topk": sm.get("mixinputs_k"), "mixinputs_with_temp": None}
-    schedules = {"none": "none", "linear": "linear", "stepwise": "step"}
+    kinds = {TOP_K: sm.get("mixinputs_k"), TEMPERATURE: None}
     scheduling = sm.get("transparency_scheduling") or "none"
-    if alg not in kinds or scheduling not in schedules:
+    if alg not in kinds or scheduling not in SCHEDULES:
         raise ValueError(f"its transparency_alg {alg}, transparency_scheduling {scheduling}")
     softmask = SoftMask(kinds[alg])
     softmask.set_omegas(
         sm["transparency_scale"], sm["transparency_steepness"], sm["transparency_centre"],
         sm.get("mixture_temp") or 1.0,
     )  # fmt: skip
-    return {"k": softmask.k, "state": softmask.state_dict()}, schedules[scheduling]
+    return {"k": softmask.k, "state": softmask.state_dict()}, SCHEDULES[scheduling]
 
 
-@torch.no_grad()
-def merge_adapter(model: Dream, adapter: dict) -> None:
-    """Replace each adapted weight by W' = magnitude * (W0 + s B A)/||W0 + s B A|| (DoRA; without a
-    magnitude W0 + s B A), in float32 and then in the weight's format. ValueError for a misfit."""
-    weights = dict(model.named_parameters())
+def _described_softmask(softmask: SoftMask | None, schedule: str) -> dict:
+    """The inverse of `_read_softmask`."""
+    if softmask is None:
+        return {"transparency_alg": "none"}
+    omegas = softmask.omegas()
+    return {
+        "transparency_alg": TEMPERATURE if softmask.k is None else TOP_K,
+        "transparency_scale": omegas["omega_s"],
+        "transparency_centre": omegas["omega_b"],
+        "transparency_steepness": omegas["omega_a"],
+        "mixinputs_k": softmask.k,
+        "mixture_temp": omegas.get("tau", 1.0),
+        "transparency_scheduling": next(n for n, ours in SCHEDULES.items() if ours == schedule),
+    }
+
+
+def write_adapter(folder: Path, adapter: dict, base: str, softmask: SoftMask | None) -> None:
+    """Write what `read_adapter` reads, and `peft` loads: `adapter` in its form, in float32; `base`
+    is the network's name. Each file appears whole, the settings last."""
+    tensors, dream = {}, False
+    for name, parts in adapter["modules"].items():
+        dream = dream or name.startswith("layers.")
+        name = published_name(name) if dream else name
+        for part, tensor in parts.items():
+            suffix = "" if part == "lora_magnitude_vector" else ".weight"
+            key = f"base_model.model.{name.removesuffix('weight')}{part}{suffix}"
+            tensors[key] = tensor.detach().float().cpu().contiguous()
+    config = {
+        "peft_type": "LORA", "task_type": "CAUSAL_LM" if dream else None,
+        "base_model_name_or_path": base, "r": adapter["r"], "lora_alpha": adapter["alpha"],
+        "lora_dropout": adapter["dropout"], "target_modules": adapter["targets"],
+        "use_dora": any(key.endswith("vector") for key in tensors), "bias": "none",
+        "fan_in_fan_out": False, "use_rslora": False, "modules_to_save": None,
+        "inference_mode": True,
+    }  # fmt: skip
+    with atomic_write(folder / "adapter_model.safetensors") as f:
+        f.write(save(tensors, {"format": "pt"}))
+    files = {
+        SOFT_MASK: _described_softmask(softmask, adapter.get("schedule", "none")),
+        "adapter_config.json": config,
+    }
+    for name, content in files.items():
+        with atomic_write(folder / name, "w") as f:
+            json.dump(content, f, indent=2)
+
+
+def check_adapter(weights: dict[str, Tensor], adapter: dict, flag: str) -> None:
+    """ValueError that names an adapter's first module that does not fit the base's weights."""
     for name, parts in adapter["modules"].items():
         if name not in weights:
-            raise ValueError(f"--adapter: it adapts {name}, which the network does not have")
+            raise ValueError(f"{flag}: it adapts {name}, which the network does not have")
         w0, a, b = weights[name], parts["lora_A"], parts["lora_B"]
         magnitude = parts.get("lora_magnitude_vector", b[:, 0])
         fits = (b.shape[0], a.shape[1]) == w0.shape and a.shape[0] == b.shape[1]
         if not fits or magnitude.shape != w0.shape[:1]:
             raise ValueError(
-                f"--adapter: for another base: {name} is {tuple(w0.shape)}, its A "
+                f"{flag}: for another base: {name} is {tuple(w0.shape)}, its A "
                 f"{tuple(a.shape)}, B {tuple(b.shape)}, magnitude {tuple(magnitude.shape)}"
             )
-        merged = w0.float() + adapter["scaling"] * (b @ a).to(w0.device)
-        if "lora_magnitude_vector" in parts:
-            merged *= (magnitude.to(w0.device) / merged.norm(dim=1))[:, None]
-        w0.data = merged.to(w0.dtype)  # a weight that is mapped from a file stays as it is there
+
+
+def adapted(w0: Tensor, parts: dict[str, Tensor], scaling: float) -> Tensor:
+    """W' = magnitude * (W0 + s B A)/||W0 + s B A||, the norm of each row (DoRA; without a magnitude
+    W0 + s B A), in float32 and then in the format of W0 (out, in)."""
+    a, b = (parts[name].to(w0.device) for name in ("lora_A", "lora_B"))
+    w = w0.float() + scaling * (b @ a)
+    if "lora_magnitude_vector" in parts:
+        w *= (parts["lora_magnitude_vector"].to(w0.device) / w.norm(dim=1))[:, None]
+    return w.to(w0.dtype)
+
+
+@torch.no_grad()
+def merge_adapter(model: DiT | Dream, adapter: dict) -> None:
+    """Replace each adapted weight by its W'. ValueError for an adapter that does not fit."""
+    weights = dict(model.named_parameters())
+    check_adapter(weights, adapter, "--adapter")
+    for name, parts in adapter["modules"].items():
+        w0 = weights[name]  # one that is mapped from a file stays as it is there
+        w0.data = adapted(w0.data, parts, adapter["alpha"] / adapter["r"])

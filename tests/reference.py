@@ -61,13 +61,17 @@ def corrupt(
 ) -> Tensor:
     """Algorithm 1, line 4: x_t ~ Cat(alpha_t x_0 + (1 - alpha_t) m), token by token, (B, L).
 
-    A token becomes m where its noise ~ U(0, 1) falls below 1 - alpha_t; a prompt, never.
+    A token becomes m where its noise ~ U(0, 1) falls below 1 - alpha_t; a prompt, never; but of a
+    response, which is all that is not prompt, the token of the smallest noise in any case.
     """
     xt = x0.clone()
     for b in range(x0.shape[0]):
         becomes_mask = noise[b] < 1 - alpha(t[b], eps)
         if maskable is not None:
             becomes_mask = becomes_mask & maskable[b]
+            response = [i for i in range(x0.shape[1]) if maskable[b, i]]
+            if response:
+                becomes_mask[min(response, key=lambda i: noise[b, i].item())] = True
         xt[b, becomes_mask] = mask_id
     return xt
 

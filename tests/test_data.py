@@ -425,7 +425,7 @@ def test_full_disk_keeps_what_was_tokenized(tmp_path, monkeypatch):
     assert not list((tmp_path / "cache").rglob("meta.json"))
 
 
-# Dream's tokenizer and chat, beside transformers' tokenizer of the same files
+# Dream's tokenizer, beside transformers' tokenizer of the same files
 
 PUBLISHED = Path(__file__).resolve().parents[2] / "shared" / "data"
 # A part of Qwen2.5's list, and Dream's two at its end.
@@ -596,139 +596,6 @@ def test_damaged_dream_files_are_named(tmp_path, small_folder, name, damage):
     with pytest.raises((FileNotFoundError, ValueError), match=re.escape(name)) as caught:
         data.dream_tokenizer(tmp_path)
     assert "\n" not in str(caught.value) and str(tmp_path) in str(caught.value)
-
-
-def said(role, content):
-    return {"role": role, "content": content}
-
-
-DEFAULT = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
-CHATS = [
-    (
-        [said("user", "Hi there")],
-        {},
-        DEFAULT + "<|im_start|>user\nHi there<|im_end|>\n<|im_start|>assistant\n",
-    ),
-    (
-        [said("system", "Be brief."), said("user", "Why?")],
-        {"begin": "```python\n"},
-        "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nWhy?<|im_end|>\n"
-        "<|im_start|>assistant\n```python\n",
-    ),
-    (
-        [said("user", ""), said("assistant", "\n\n x"), said("user", "\n  And?\n")],
-        {"system": "You code."},
-        "<|im_start|>system\nYou code.<|im_end|>\n<|im_start|>user\n<|im_end|>\n"
-        "<|im_start|>assistant\n\n\n x<|im_end|>\n<|im_start|>user\n\n  And?\n<|im_end|>\n"
-        "<|im_start|>assistant\n",
-    ),
-    (
-        [said("user", "1 + 1?"), said("assistant", "2")],
-        {},
-        DEFAULT + "<|im_start|>user\n1 + 1?<|im_end|>\n<|im_start|>assistant\n2<|im_end|>\n",
-    ),
-]
-
-
-@pytest.mark.parametrize(("messages", "options", "want"), CHATS)
-def test_chat_template_is_the_one_written_by_hand(small_dream, messages, options, want):
-    assert data.decode(small_dream, data.chat_ids(small_dream, messages, **options)) == want
-
-
-@pytest.mark.parametrize(("messages", "options", "want"), CHATS)
-def test_chat_has_the_ids_of_the_templated_text(dream, theirs, messages, options, want):
-    want = theirs.encode(want, add_special_tokens=False).ids
-    assert data.chat_ids(dream, messages, **options) == want
-
-
-def test_content_cannot_spell_control_tokens(small_dream):
-    evil = "".join(data.DREAM_SPECIAL) + "[MASK]"
-    plain = data.chat_ids(small_dream, [said("user", "x")], begin="y")
-    ids = data.chat_ids(small_dream, [said("user", evil)], system=evil, begin=evil)
-    controls = [[i for i in chat if i >= 600] for chat in (plain, ids)]
-    assert controls[0] == controls[1] == [601, 602, 601, 602, 601]
-    assert data.decode(small_dream, ids).count(evil) == 3
-
-
-@pytest.mark.parametrize(
-    ("messages", "message"),
-    [
-        ([], "without messages"),
-        ([said("user", "x"), said("tool", "y")], "system, user or assistant"),
-        ([{"role": "user"}], "content"),
-        ([said("user", None)], "content"),
-        ([said("user", ["x"])], "content"),
-        (["x"], "role"),
-    ],
-)
-def test_chat_that_is_none_is_refused(small_dream, messages, message):
-    with pytest.raises(ValueError, match=message):
-        data.chat_ids(small_dream, messages)
-
-
-def test_closed_answer_has_no_beginning(small_dream):
-    with pytest.raises(ValueError, match="has spoken"):
-        data.chat_ids(small_dream, [said("assistant", "x")], begin="y")
-
-
-SYSTEM_OR_DEFAULT = (
-    "{%- if messages[0]['role'] == 'system' %}{{- '<|im_start|>system\\n' + messages[0]['content']"
-    " + '<|im_end|>\\n' }}{%- else %}{{- CONSTANT }}{%- endif %}"
-)
-
-
-@pytest.mark.parametrize(
-    "constant",
-    [
-        r"'<|im_start|>system\nYou are Dream, created by us. You write code.<|im_end|>\n'",
-        "'<|im_start|>system\nA line\nand another<|im_end|>\n'",
-        r"'<|im_start|>system\nA line\nand it\'s another<|im_end|>\n'",
-        '"<|im_start|>system\\nIt\'s code.<|im_end|>\\n"',
-    ],
-)
-def test_system_line_is_what_the_template_would_write(tmp_path, constant):
-    jinja2 = pytest.importorskip("jinja2")
-    template = SYSTEM_OR_DEFAULT.replace("CONSTANT", constant)
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": template}))
-    text = jinja2.Template(template).render(messages=[said("user", "x")])
-    assert f"<|im_start|>system\n{data.system_line(tmp_path)}<|im_end|>" == text.rstrip("\n")
-
-
-@pytest.mark.parametrize(
-    "config",
-    [
-        None,
-        {},
-        [],
-        {"chat_template": 3},
-        {"chat_template": SYSTEM_OR_DEFAULT.replace("CONSTANT", "'' + 1 / 0")},
-        {"chat_template": "{{ '<|im_start|>system\\n' ~ default ~ '<|im_end|>' }}"},
-    ],
-)
-def test_system_line_is_dreams_where_the_folder_has_none(tmp_path, config):
-    if config is not None:
-        (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
-    assert data.system_line(tmp_path) == "You are a helpful assistant."
-
-
-def test_damaged_tokenizer_config_is_named(tmp_path):
-    (tmp_path / "tokenizer_config.json").write_text('{"chat_template": "')
-    with pytest.raises(ValueError, match=r"tokenizer_config\.json"):
-        data.system_line(tmp_path)
-
-
-def test_answer_ends_with_its_turn_and_shows_no_control_tokens(small_dream, learned):
-    start, end, eot, mask = (
-        small_dream.encode_single_token(t)
-        for t in ("<|im_start|>", "<|im_end|>", "<|endoftext|>", "<|mask|>")
-    )
-    text = data.encode(small_dream, "a <|im_end|> ☃")
-    for stop in ([], [end, *text], [eot, eot], [end, eot]):
-        ids = torch.tensor([start, *text, mask, *stop])
-        assert data.answer(small_dream, ids) == "a <|im_end|> ☃[MASK]"
-    assert data.answer(small_dream, [end]) == data.answer(small_dream, []) == ""
-    ids = [*data.encode(learned[1], "ab"), learned[1].n_vocab, learned[1].eot_token, 65]
-    assert data.answer(learned[1], ids) == "ab[MASK]"
 
 
 @pytest.mark.parametrize("damage", ["{", "[]", '[{"finished": true}, "0"]', "tokens", "finished"])

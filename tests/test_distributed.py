@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import train
+import training
 import weights
 
 ROOT = Path(train.__file__).parent
@@ -200,7 +201,7 @@ def test_shares_are_equal_and_micro_batches_as_large_as_allowed():
         args = train.parse([])
         for name, value in flags.items():
             setattr(args, name, value)
-        train.share_batch(args, size)
+        training.share_batch(args, size)
         return args.global_batch, args.grad_accum
 
     assert share(1, batch_size=4, grad_accum=3) == (12, 3)

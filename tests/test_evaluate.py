@@ -11,6 +11,7 @@ import torch
 import data
 import evaluate
 import train
+import training
 from model import SIZES, DiT, DiTConfig
 
 
@@ -61,14 +62,19 @@ def test_validation_repeats_exactly_and_leaves_training_as_it_was():
     model = DiT(DiTConfig(30, dropout=0.5, **SIZES["nano"])).train()
     blocks = torch.randint(29, (40, 32))
     state = torch.get_rng_state()
-    a, b = (train.nelbo(model, blocks, None, torch.device("cpu"), torch.float32) for _ in range(2))
+    a, b = (
+        training.nelbo(model, train.in_batches(blocks), None, torch.device("cpu"), torch.float32)
+        for _ in range(2)
+    )
     assert a == b and model.training and torch.equal(state, torch.get_rng_state())
 
 
 def test_untrained_network_scores_the_uniform_law():
     model = DiT(DiTConfig(30, **SIZES["nano"]))
     blocks = torch.randint(29, (320, 32))
-    mean, error = train.nelbo(model, blocks, None, torch.device("cpu"), torch.float32)
+    mean, error = training.nelbo(
+        model, train.in_batches(blocks), None, torch.device("cpu"), torch.float32
+    )
     assert abs(mean - math.log(29)) < 4 * error
 
 
