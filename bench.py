@@ -4,6 +4,8 @@
     python bench.py decode        # a decoding step of it, half of the positions masked
     python bench.py memory        # the peak memory of both
     python bench.py dream         # Dream-7B's shape with random weights, from disk (15.2 GB)
+    python bench.py finetune      # a fine-tuning step of that shape: DoRA, SM and binary
+    python bench.py dora          # a layer with DoRA: ours and peft's
 
 Ratios and medians: the sides of a ratio take turns, so that a noisy machine is noisy for both.
 """
@@ -18,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 
@@ -25,12 +28,23 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+import finetune_lora
 from model import DREAM_SIZES, SIZES, DiT, DiTConfig, Dream, DreamConfig
-from runtime import Parser, autocast, generator, memory, pick_device, pick_dtype, progress, run
+from runtime import (
+    DTYPES,
+    Parser,
+    autocast,
+    generator,
+    memory,
+    pick_device,
+    pick_dtype,
+    progress,
+    run,
+)
 from sample import Strategy, generate
 from softmask import SoftMask, antithetic_times, diffusion_loss, soft_sequences
 from tests import reference
-from weights import build_model, load_checkpoint, published_name
+from weights import build_model, hub_config, load_checkpoint, published_name
 
 GPT2_VOCABULARY = 50_258
 
@@ -294,18 +308,12 @@ def write_dream(folder: Path, size: str, shards: int = 4) -> None:
         file = folder / f"model-{i + 1:05}-of-{shards:05}.safetensors"
         save_file({name: weight(shape) for name, shape in group.items()}, file)
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
-    described = {
-        "vocab_size": config.vocab_size, "hidden_size": config.width,
-        "num_hidden_layers": config.n_layers, "num_attention_heads": config.n_heads,
-        "num_key_value_heads": config.n_kv_heads, "intermediate_size": config.mlp_width,
-        "mask_token_id": config.mask_id, "max_position_embeddings": config.block_size,
-    }  # fmt: skip
-    (folder / "config.json").write_text(json.dumps(described))
+    (folder / "config.json").write_text(json.dumps(hub_config(config)))
 
 
-def bench_dream(args: argparse.Namespace) -> None:
-    """Write, load and run Dream's shape; the folder is removed at the end."""
-    device = pick_device(args.device)
+@contextlib.contextmanager
+def random_dream(args: argparse.Namespace) -> Iterator[tuple[str, int]]:
+    """A folder with random weights of Dream's shape, and their bytes; it is removed at the end."""
     if args.repeats < 1:
         raise ValueError(f"--repeats {args.repeats}: at least 1")
     with torch.device("meta"):
@@ -319,6 +327,130 @@ def bench_dream(args: argparse.Namespace) -> None:
         writer = spawn.Process(target=write_dream, args=(Path(name), args.size))
         writer.start()  # a process of its own, whose memory goes with it
         writer.join()
+        yield name, size
+
+
+def bench_finetune(args: argparse.Namespace) -> None:
+    """Fine-tuning steps of Dream's shape: rank 16 on q, k, v, o, the second half of each sequence
+    the response, and masked as in training; SM and binary in turns."""
+    device = pick_device(args.device)
+    with random_dream(args) as (name, size):
+        model = build_model(load_checkpoint(name, "--folder", device), ema=False).train()
+        model.checkpoint_activations = args.checkpoint_activations
+        targets = finetune_lora.DREAM["targets"].split(",")
+        layers = finetune_lora.wrap(model, targets, 16, 16.0, 0.0, dora=True)
+        softmask = SoftMask(args.k, omega_s=0.5, lower_bound=-6.0).to(device)
+        adapter = [p for layer in layers.values() for p in layer.parts().values()]
+        parameters = [*adapter, *softmask.parameters()]
+        optimizer = torch.optim.AdamW(parameters, lr=1e-5, fused=True)
+        n, length, g = args.batch_size, args.length, generator(0)
+        x0 = torch.randint(model.mask_id, (n, length), generator=g)
+        t = antithetic_times(torch.rand(n, generator=g), 0.2, 0.8)
+        noise = torch.rand(n, length, generator=g)
+        response = torch.zeros(n, length, dtype=torch.bool)
+        response[:, length // 2 :] = True
+        soft = soft_sequences(0.0, n, args.p_sm)
+        x0, t, noise, soft, response = (v.to(device) for v in (x0, t, noise, soft, response))
+
+        def step(kind: str) -> None:
+            given = softmask if kind == "sm" else None
+            loss = diffusion_loss(model, x0, t, noise, given, soft, response)
+            (loss / response.sum()).backward()
+            nn.utils.clip_grad_norm_(parameters, 7.0)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+        times, peaks = {"binary": [], "sm": []}, dict.fromkeys(("binary", "sm"), 0)
+        for i in progress(range(args.repeats + args.warm_up), desc="rounds"):
+            for kind in times:
+                memory(device, reset=True)
+                seconds = timed(device, lambda kind=kind: step(kind))
+                if i >= args.warm_up:
+                    times[kind].append(seconds)
+                    peaks[kind] = max(peaks[kind], memory(device))
+    median = {kind: statistics.median(values) for kind, values in times.items()}
+    print(
+        f"{args.size}, {size / 1e9:.1f} GB: {n} sequences of {length} tokens, {int(soft.sum())} "
+        f"soft-masked, k {args.k}, {sum(p.numel() for p in adapter):,} trained parameters, "
+        f"activations {'checkpointed' if args.checkpoint_activations else 'kept'}, medians of "
+        f"{args.repeats}"
+    )
+    for kind in times:
+        print(
+            f"{kind:8}{median[kind]:9.2f} s a step, {median[kind] / median['binary']:.3f} x binary,"
+            f" peak memory {peaks[kind] / 1e9:.2f} GB"
+        )
+
+
+class Layer(nn.Module):
+    """A linear layer with DoRA of rank 16 and trained values, ours or peft's."""
+
+    def __init__(self, kind: str, out: int, dtype: torch.dtype, width: int = 3584):
+        super().__init__()
+        torch.manual_seed(0)
+        self.linear = nn.Linear(width, out).to(dtype)
+        if kind == "ours":
+            finetune_lora.wrap(self, ["linear"], 16, 16.0, 0.0, dora=True)
+        else:
+            import peft  # the other side of this comparison alone
+
+            peft.get_peft_model(  # as every user of it: the adapter is in float32
+                self, peft.LoraConfig(r=16, lora_alpha=16, target_modules=["linear"], use_dora=True)
+            )
+        for name, p in self.named_parameters():
+            if "lora_B" in name:
+                nn.init.normal_(p, std=0.02)
+
+    def step(self, tokens: int) -> torch.Tensor:
+        """Forward and backward of so many tokens; the gradient of the input."""
+        x = torch.randn(1, tokens, self.linear.weight.shape[1], generator=generator(0))
+        x = x.to(self.linear.weight).requires_grad_()
+        y = self.linear(x)
+        y.backward(torch.ones_like(y))
+        return x.grad
+
+
+def bench_dora(args: argparse.Namespace) -> None:
+    """Dream-7B's attention layers with DoRA, ours and peft's in turns; their peak memory above the
+    layer's own in a process each."""
+    if args.what:
+        kind, out, dtype, tokens = args.what.split(",")
+        device = torch.device(args.device)  # without `pick_device`: freed memory is given back
+        layer = Layer(kind, int(out), DTYPES[dtype]).to(device)
+        layer.step(8)
+        before = memory(device, reset=True)
+        layer.step(int(tokens))
+        print((memory(device) - before) / 2**20)
+        return
+    device = pick_device(args.device)
+    print(f"{'layer':14}{'weight':10}{'tokens':>7}{'ours':>10}{'peft':>10}{'ratio':>7}  peak MiB")
+    for out in (3584, 512):
+        for dtype in ("float32", "bfloat16"):
+            layers = {kind: Layer(kind, out, DTYPES[dtype]).to(device) for kind in ("ours", "peft")}
+            for tokens in (256, 2048):
+                times, peaks = {"ours": [], "peft": []}, {}
+                for i in range(args.repeats + 2):
+                    for kind, layer in layers.items():
+                        seconds = timed(device, lambda f=layer.step, n=tokens: f(n))
+                        if i >= 2:
+                            times[kind].append(1e3 * seconds)
+                for kind in layers:
+                    what = f"{kind},{out},{dtype},{tokens}"
+                    command = [sys.executable, __file__, "dora", "--what", what]
+                    command += ["--device", device.type]
+                    result = subprocess.run(command, capture_output=True, text=True, check=True)
+                    peaks[kind] = float(result.stdout)
+                a, b = (statistics.median(times[kind]) for kind in ("ours", "peft"))
+                print(
+                    f"3584 to {out:<6}{dtype:10}{tokens:7}{a:7.1f} ms{b:7.1f} ms{b / a:7.2f}  "
+                    f"{peaks['ours']:.0f} and {peaks['peft']:.0f}"
+                )
+
+
+def bench_dream(args: argparse.Namespace) -> None:
+    """Load and run Dream's shape from random weights."""
+    device = pick_device(args.device)
+    with random_dream(args) as (name, size):
         before = memory(device, reset=True)
         start = time.perf_counter()
         model = build_model(load_checkpoint(name, "--folder", device), ema=False).eval()
@@ -405,14 +537,28 @@ def parser() -> Parser:
         if name == "peak":
             c.add_argument("--what", choices=("step", "decode"), default="step")
             c.add_argument("--kind", choices=DECODERS, default="sm")
-    c = commands.add_parser("dream", help="Dream's shape: loading, passes, decoding steps, memory")
-    c.set_defaults(main=bench_dream)
-    c.add_argument("--size", choices=list(DREAM_SIZES), default="dream-7b")
-    c.add_argument("--folder", default=".", help="where the weights are for a while (15.2 GB)")
-    c.add_argument("--length", type=int, default=512, help="tokens, half of them masked")
-    c.add_argument("--k", type=int, default=1)
-    c.add_argument("--repeats", type=int, default=3)
+    for name, main, length, repeats, about in (
+        ("dream", bench_dream, 512, 3, "Dream's shape: loading, passes, decoding steps, memory"),
+        ("finetune", bench_finetune, 2048, 1, "Dream's shape: a fine-tuning step with DoRA"),
+    ):
+        c = commands.add_parser(name, help=about)
+        c.set_defaults(main=main)
+        c.add_argument("--size", choices=list(DREAM_SIZES), default="dream-7b")
+        c.add_argument("--folder", default=".", help="where the weights are for a while (15.2 GB)")
+        c.add_argument("--length", type=int, default=length, help="tokens; half of them masked, or "
+                       "to fine-tune half of them the response")  # fmt: skip
+        c.add_argument("--k", type=int, default=1)
+        c.add_argument("--repeats", type=int, default=repeats)
+        c.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
+    c.add_argument("--batch-size", type=int, default=1, help="sequences")
+    c.add_argument("--p-sm", type=float, default=1.0, help="share with a first pass")
+    c.add_argument("--warm-up", type=int, default=0, help="rounds that are not counted")
+    c.add_argument("--checkpoint-activations", action=argparse.BooleanOptionalAction, default=True)
+    c = commands.add_parser("dora", help="a layer with DoRA beside peft's")
+    c.set_defaults(main=bench_dora)
+    c.add_argument("--repeats", type=int, default=7)
     c.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
+    c.add_argument("--what", help=argparse.SUPPRESS)  # a peak of one of them, a number
     return p
 
 

@@ -338,7 +338,7 @@ def set_up(args: argparse.Namespace) -> FineTuning:
     fill(args, model)
     share_batch(args, world.size)
     with world.first():
-        chats = open_data(args, base["tokenizer"], isinstance(model, Dream))
+        chats = open_data(args, base["tokenizer"], isinstance(model, Dream), world.rank == 0)
 
     source = args.state and args.state["adapter"]
     if args.adapter and not source:
@@ -416,7 +416,7 @@ def shard(model: nn.Module, device: torch.device, trained: list[nn.Parameter]) -
         fully_shard(block, mesh=mesh, ignored_params=set(trained))
 
 
-def open_data(args: argparse.Namespace, tokenizer: dict, dream: bool) -> Chats:
+def open_data(args: argparse.Namespace, tokenizer: dict, dream: bool, speaks: bool) -> Chats:
     """The conversations of --data; where the model's own cannot be had without the network, those
     of the standard library, and a line says so."""
     system = system_line(tokenizer["folder"]) if dream else ""
@@ -430,7 +430,8 @@ def open_data(args: argparse.Namespace, tokenizer: dict, dream: bool) -> Chats:
     except Unreachable as error:
         if preset is None or args.preset:
             raise
-        print(f"{error}; meanwhile: functions of the standard library", file=sys.stderr)
+        if speaks:
+            print(f"{error}; meanwhile: functions of the standard library", file=sys.stderr)
         return open_chats(None, tokenizer, args.cache, **settings)
 
 
@@ -506,7 +507,7 @@ def parser() -> Parser:
     group["machine"]("--fsdp", action="store_true",
         help="shard the frozen weights over the processes, for GPUs that cannot hold them")
     # fmt: on
-    unknown = dict.fromkeys({*DREAM, *SMALL} - {"checkpoint_activations"})
+    unknown = dict.fromkeys(DREAM)  # until the network is
     p.set_defaults(out="tuned", p_sm=0.5, b_l=0.2, b_h=0.8, clip=7.0, sm_start=0, **unknown)
     return p
 
@@ -514,7 +515,7 @@ def parser() -> Parser:
 def fill(args: argparse.Namespace, model: nn.Module) -> None:
     """Set what no flag has set to what fits the network. ValueError for a length beyond it."""
     for name, value in (DREAM if isinstance(model, Dream) else SMALL).items():
-        if getattr(args, name) in (None, False):
+        if getattr(args, name) is None:
             setattr(args, name, value)
     limit = model.config.block_size
     args.max_length = min(2048, limit) if args.max_length is None else args.max_length

@@ -509,9 +509,9 @@ def seed_of(seed: int, i: int) -> int:
     return (seed * 1_000_003 + i) % 2**63
 
 
-def strategy_of(args: argparse.Namespace, length: int, nfe: int, dream: bool) -> Strategy:
+def strategy_of(args: argparse.Namespace, length: int, nfe: int, answers: bool) -> Strategy:
     """The strategy that the flags name; a flag that is None takes its default."""
-    values = {"temperature": 0.1, "top_p": 0.9} if dream else {}  # appendix A.2
+    values = {"temperature": 0.1, "top_p": 0.9} if answers else {}  # appendix A.2
     for name in ("temperature", "top_p", "eta", "t_on", "t_off", "alpha_on", "alg_temp"):
         if getattr(args, name) is not None:
             values[name] = getattr(args, name)
@@ -520,7 +520,7 @@ def strategy_of(args: argparse.Namespace, length: int, nfe: int, dream: bool) ->
             raise ValueError("--preset remdm-paper: it chooses --strategy and --eta itself")
         name = "remdm-cap" if nfe < length else "remdm-loop"
         return Strategy(name, **({"top_p": 0.9} | values))
-    return Strategy(args.strategy or ("entropy" if dream else "mdlm"), **values)
+    return Strategy(args.strategy or ("entropy" if answers else "mdlm"), **values)
 
 
 def softmask_of(args: argparse.Namespace, state: dict) -> SoftMask | None:
@@ -607,28 +607,31 @@ def main(args: argparse.Namespace) -> int:
         args.sm_schedule, args.sm_by_masks = state["schedule"], True
     softmask = softmask_of(args, state)
     softmask = softmask.to(device) if softmask is not None else None
-    if isinstance(model, Dream):
-        if args.system is None:
-            args.system = system_line(state["tokenizer"]["folder"])
+    dream = isinstance(model, Dream)
+    if dream and args.system is None:
+        args.system = system_line(state["tokenizer"]["folder"])
+    if dream or args.chat:
         return converse(args, model, tokenizer, softmask, dtype)
-    if args.chat or args.new_tokens or args.system or args.stop_early:
-        raise ValueError("--chat, --new-tokens, --system, --stop-early: for a Dream model")
+    if args.new_tokens or args.system or args.stop_early:
+        raise ValueError("--new-tokens, --system, --stop-early: for a Dream model, or with --chat")
     return write_samples(args, model, tokenizer, softmask, dtype)
 
 
-def converse(args, model: Dream, tokenizer, softmask, dtype) -> int:
-    """Answers of a Dream model, to --prompt or in a --chat."""
+def converse(args, model, tokenizer, softmask, dtype) -> int:
+    """Answers to --prompt or in a --chat."""
     if args.infill or args.out or args.trace or args.length:
-        raise ValueError("--infill, --out, --trace, --length: not for a Dream model")
-    new_tokens = 256 if args.new_tokens is None else args.new_tokens
+        raise ValueError("--infill, --out, --trace, --length: not for a Dream model or a --chat")
+    most = min(256, model.config.block_size // 2)
+    new_tokens = most if args.new_tokens is None else args.new_tokens
     if new_tokens < 1:
         raise ValueError(f"--new-tokens {new_tokens}: at least 1")
     nfe = steps_of(args, new_tokens)
-    how = strategy_of(args, new_tokens, nfe, dream=True)
-    eos, im_end = tokenizer.eot_token, tokenizer.encode_single_token(TURN_ENDS)
+    how = strategy_of(args, new_tokens, nfe, answers=True)
+    eos = tokenizer.eot_token
+    ends = (eos, tokenizer._special_tokens.get(TURN_ENDS, eos))
     options = dict(
         dtype=dtype, schedule=schedule_of(args),
-        reuse_unchanged=args.reuse_unchanged, stop=(eos, im_end) if args.stop_early else (),
+        reuse_unchanged=args.reuse_unchanged, stop=ends if args.stop_early else (),
     )  # fmt: skip
 
     def answer_to(messages: list[dict], seed: int) -> str:
@@ -694,7 +697,7 @@ def write_samples(args, model, tokenizer, softmask, dtype) -> int:
     start = torch.tensor(template(tokenizer, length, args.prompt, args.infill), device=device)
     masks = int((start == model.mask_id).sum())
     nfe = steps_of(args, masks)
-    how = strategy_of(args, length, nfe, dream=False)
+    how = strategy_of(args, length, nfe, answers=False)
     world = join_world(device)
     digest = hashlib.blake2b()
     for p in model.parameters():
@@ -753,13 +756,14 @@ def parser() -> Parser:
     add = p.add_argument_group("what").add_argument
     add("--ckpt", "--model", default="out/ckpt.pt",
         help="a checkpoint, a folder, a hub id, dream or dream-coder")
-    add("--adapter", help="a PEFT folder of a LoRA or DoRA, merged into a Dream model's weights")
+    add("--adapter", help="a PEFT folder of a LoRA or DoRA, merged into the weights")
     add("--num", type=int, default=1, help="samples")
     add("--length", type=int, help="tokens of a sample; default: the network's length")
     add("--prompt", default="", help="a prefix that stays; for a Dream model a user's message")
-    add("--chat", action="store_true", help="talk with a Dream model")
+    add("--chat", action="store_true", help="talk with a Dream model, or a fine-tuned network")
     add("--system", help="the system line of the conversation; default: the model's own")
-    add("--new-tokens", type=int, help="tokens of a Dream model's answer; default: 256")
+    add("--new-tokens", type=int,
+        help="tokens of an answer; default: 256, or half of what the network takes")
     add("--infill", default="", help=f"a text: each {MASK_TEXT} is filled")
     add("--out", help="append the samples to this JSONL file as they come; what it holds is kept")
     add("--trace", help="write what happened at every step and position to this JSONL file")
@@ -768,11 +772,11 @@ def parser() -> Parser:
     add = p.add_argument_group("how").add_argument
     add("--nfe", type=int, help="decoding steps; default: one a masked token")
     add("--budget", help="steps as a share of the masked tokens, like 1/4")
-    add("--strategy", choices=ANCESTRAL + ORDERS, help="default: mdlm; for a Dream model entropy")
+    add("--strategy", choices=ANCESTRAL + ORDERS, help="default: mdlm; for answers entropy")
     add("--preset", choices=("remdm-paper",),
         help="nucleus 0.9; remdm-cap for fewer steps than tokens, else remdm-loop")
-    add("--temperature", type=float, help="default: 1, Dream 0.1; 0: the most likely token")
-    add("--top-p", type=float, help="nucleus; default: 1, all of the vocabulary; Dream 0.9")
+    add("--temperature", type=float, help="default: 1, answers 0.1; 0: the most likely token")
+    add("--top-p", type=float, help="nucleus; default: 1, all of the vocabulary; answers 0.9")
     add("--stop-early", action="store_true", help="an answer that ended is filled at once")
     add("--alg-temp", type=float, help="of maskgit_plus, topk_margin, entropy: order at random")
     defaults = ", ".join(f"{name} {eta}" for name, eta in ETA.items())

@@ -459,7 +459,7 @@ def shared_flags(p: Parser) -> dict[str, Callable]:
     }
     # fmt: off
     add = group["method"]
-    add("--k", help="tokens fed back, default 3; V: all, with a trained temperature")
+    add("--k", help="tokens fed back, default 3, dream-coder 1; V: all, with a temperature")
     add("--p-sm", type=float, default=0.8, help="share of sequences with a first pass")
     add("--omega-s", type=float, default=1e-2, help="start of omega_s")
     add("--b-l", type=float, default=0.1, help="times are drawn from [b_l, b_h]")
@@ -486,7 +486,8 @@ def shared_flags(p: Parser) -> dict[str, Callable]:
     add = group["machine"]
     add("--device", default="auto", help="auto, cuda, mps or cpu")
     add("--dtype", default="auto", help="auto, float32 or bfloat16")
-    add("--checkpoint-activations", action="store_true", help="less memory, a third more time")
+    add("--checkpoint-activations", action=argparse.BooleanOptionalAction, default=False,
+        help="less memory, a third more time")
     # fmt: on
     return group
 

@@ -15,6 +15,7 @@ other class is an inert placeholder.
 import collections
 import json
 import pickle
+import re
 import shutil
 import sys
 import zipfile
@@ -337,11 +338,8 @@ def published_name(ours: str) -> str:
         return "model.embed_tokens.weight"
     if ours.startswith("head."):
         return f"lm_head.{ours.removeprefix('head.')}"
-    for part in ("q", "k", "v", "o"):
-        ours = ours.replace(f".{part}_proj", f".self_attn.{part}_proj")
-    for part in ("gate", "up", "down"):
-        ours = ours.replace(f".{part}_proj", f".mlp.{part}_proj")
-    return f"model.{ours}"
+    ours = re.sub(r"\.([qkvo]_proj)", r".self_attn.\1", ours)
+    return "model." + re.sub(r"\.((gate|up|down)_proj)", r".mlp.\1", ours)
 
 
 def _dream(weights: dict[str, Tensor], hub: dict, folder: Path) -> dict:
