@@ -4,6 +4,7 @@
     python bench.py decode        # a decoding step of it, half of the positions masked
     python bench.py memory        # the peak memory of both
     python bench.py dream         # Dream-7B's shape with random weights, from disk (15.2 GB)
+    python bench.py cache         # Fast-dLLM's caches at a 0.5B Dream shape
     python bench.py finetune      # a fine-tuning step of that shape: DoRA, SM and binary
     python bench.py dora          # a layer with DoRA: ours and peft's
 
@@ -41,7 +42,7 @@ from runtime import (
     progress,
     run,
 )
-from sample import Strategy, generate
+from sample import CACHES, Strategy, generate
 from softmask import SoftMask, antithetic_times, diffusion_loss, soft_sequences
 from tests import reference
 from weights import build_model, hub_config, load_checkpoint, published_name
@@ -496,6 +497,59 @@ def bench_dream(args: argparse.Namespace) -> None:
         print(f"peak memory {peak / 1e9:.2f} GB, {before / 1e9:.2f} GB of it before loading")
 
 
+def bench_cache(args: argparse.Namespace) -> None:
+    """Blockwise decoding of Dream's shape with each cache, binary and SM in turns: the first pass
+    of a block, which is over everything, and the others."""
+    device = pick_device(args.device)
+    with random_dream(args) as (name, _):
+        model = build_model(load_checkpoint(name, "--folder", device), ema=False).eval()
+        softmask = SoftMask(args.k, omega_s=0.5, lower_bound=-6.0).to(device)
+        g = generator(0)
+        x = torch.randint(model.mask_id, (1, args.length + args.new_tokens), generator=g)
+        x[:, args.length :] = model.mask_id
+        x = x.to(device)
+        blocks = -(-args.new_tokens // args.block_length)
+        nfe = args.new_tokens // 4
+        how = Strategy("entropy", temperature=0.1, top_p=0.9)
+        kinds = [(kind, cache) for cache in CACHES for kind in ("binary", "sm")]
+        first, later = {kind: [] for kind in kinds}, {kind: [] for kind in kinds}
+        sizes = {}
+        with torch.no_grad():
+            model.hidden(model.embed(x))  # reads the weights from disk
+        for kind, cache in progress(kinds * args.repeats, desc="decodings"):
+            marks = []
+
+            def mark(*_, marks=marks) -> None:
+                if device.type == "cuda":
+                    torch.cuda.synchronize()
+                marks.append(time.perf_counter())
+
+            mark()
+            given = softmask if kind == "sm" else None
+            options = dict(block_length=args.block_length, cache=cache, on_step=mark)
+            _, done = generate(model, x, nfe, given, how, **options)
+            sizes[cache] = done.cache_bytes
+            seconds = [b - a for a, b in pairwise(marks)]
+            starts = range(0, nfe, nfe // blocks)
+            first[kind, cache] += [seconds[i] for i in starts]
+            later[kind, cache] += [v for i, v in enumerate(seconds) if i not in starts]
+    print(
+        f"{args.size}: prompt {args.length}, response {args.new_tokens}, blocks of "
+        f"{args.block_length}, {nfe} steps (budget 1/4), k {args.k}; medians of "
+        f"{len(later['sm', 'dual'])} passes, {args.repeats} decodings of each kind"
+    )
+    base = statistics.median(later["binary", "none"])
+    for kind, cache in kinds:
+        a, b = (statistics.median(times[kind, cache]) for times in (first, later))
+        binary = statistics.median(later["binary", cache])
+        whole = (sum(first[kind, cache]) + sum(later[kind, cache])) / args.repeats
+        print(
+            f"{cache:7}{kind:7} {b:.3f} s a pass (a block's first {a:.3f}), {base / b:5.2f} times "
+            f"as fast as none, {b / binary:.3f} x binary; {whole:.1f} s in all, cache "
+            f"{sizes[cache] / 1e6:.1f} MB"
+        )
+
+
 def dream_steps(model, x: torch.Tensor, softmask: SoftMask | None, device) -> list[float]:
     """Seconds of two decoding steps (entropy, nucleus 0.9) with feedback, after a first without."""
     marks = []
@@ -539,17 +593,23 @@ def parser() -> Parser:
             c.add_argument("--kind", choices=DECODERS, default="sm")
     for name, main, length, repeats, about in (
         ("dream", bench_dream, 512, 3, "Dream's shape: loading, passes, decoding steps, memory"),
+        ("cache", bench_cache, 512, 1, "Dream's shape: blockwise decoding with each cache"),
         ("finetune", bench_finetune, 2048, 1, "Dream's shape: a fine-tuning step with DoRA"),
     ):
         c = commands.add_parser(name, help=about)
         c.set_defaults(main=main)
-        c.add_argument("--size", choices=list(DREAM_SIZES), default="dream-7b")
+        size = "dream-0.5b" if name == "cache" else "dream-7b"
+        c.add_argument("--size", choices=list(DREAM_SIZES), default=size)
         c.add_argument("--folder", default=".", help="where the weights are for a while (15.2 GB)")
-        c.add_argument("--length", type=int, default=length, help="tokens; half of them masked, or "
-                       "to fine-tune half of them the response")  # fmt: skip
+        what = {"dream": ", half of them masked", "cache": " of the prompt"}
+        what = what.get(name, ", half of them the response")
+        c.add_argument("--length", type=int, default=length, help=f"tokens{what}")
         c.add_argument("--k", type=int, default=1)
         c.add_argument("--repeats", type=int, default=repeats)
         c.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
+        if name == "cache":
+            c.add_argument("--new-tokens", type=int, default=256, help="tokens of the response")
+            c.add_argument("--block-length", type=int, default=32)
     c.add_argument("--batch-size", type=int, default=1, help="sequences")
     c.add_argument("--p-sm", type=float, default=1.0, help="share with a first pass")
     c.add_argument("--warm-up", type=int, default=0, help="rounds that are not counted")

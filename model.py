@@ -6,8 +6,9 @@ the mask token has no probability. `SIZES["small"]` with 50,258 tokens is the pu
 Dream: Qwen2.5's network without the causal mask; its shift by one is undone inside `hidden`.
 
 The denoiser interface, all that other files use:
-    embed(tokens) -> (B, L, D)     hidden(embeddings, sigma, attend, keep) -> (B, L, D)
-    logits(rows) -> (N, V)         embedding, head, mask_id, vocab_size, mask_eps, config
+    embed(tokens) -> (B, L, D)     hidden(embeddings, sigma, attend, keep, part) -> (B, L, D)
+    logits(rows) -> (N, V)         part_for(first, last) -> what to compute for those
+    embedding, head, mask_id, vocab_size, mask_eps, config
 """
 
 import math
@@ -39,7 +40,7 @@ DREAM_SIZES = {  # name: sizes of Qwen2's shape
     "dream-7b": dict(n_layers=28, n_heads=28, n_kv_heads=4, width=3584, mlp_width=18944),
 }  # fmt: skip
 
-Keep = Callable[[int, Tensor, Tensor], tuple[Tensor, Tensor]]
+Keep = Callable[[int, slice, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 def even_heads(width: int, n_heads: int) -> None:
@@ -82,21 +83,45 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
 
 
+class Cache:
+    """A `keep` that holds the keys and values of all L positions in all layers, so that a pass may
+    compute a part of them and attend to all (Fast-dLLM, Wu et al., 2025).
+
+    What a pass computes replaces what was there. One tensor (layers, 2, B, heads, L, head_dim),
+    allocated at the first pass, which has all positions, in the format of its keys.
+    """
+
+    def __init__(self, n_layers: int):
+        self.n_layers, self.kv = n_layers, None
+
+    def __call__(self, layer: int, part: slice, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        if self.kv is None:
+            self.kv = k.new_empty(self.n_layers, 2, *k.shape)
+        keys, values = self.kv[layer]  # each (B, heads, L, head_dim)
+        keys[:, :, part], values[:, :, part] = k, v
+        return keys, values
+
+    @property
+    def nbytes(self) -> int:
+        return 0 if self.kv is None else self.kv.nbytes
+
+
 def padding(
-    attend: Tensor | None, length: int, limit: int, device: torch.device
+    attend: Tensor | None, part: slice, limit: int, device: torch.device
 ) -> tuple[Tensor, Tensor | None]:
-    """Positions (1 or B, L), counted from a row's first real token, and the attention mask
-    (B, 1, L, L) of `attend`, bool (B, L), False at padding; None where nothing is padded.
+    """Positions (1 or B, R) of a part, R of the L, counted from a sequence's first real token, and
+    their attention mask (B, 1, R, L) of `attend`, bool (B, L), False at padding; None where nothing
+    is padded.
 
     Nobody attends to padding but the padding itself, so that no row of a softmax is empty.
-    ValueError where the length is beyond the network's `limit`.
+    ValueError where the part ends beyond the network's `limit`.
     """
-    if length > limit:
-        raise ValueError(f"{length} tokens; the network takes {limit}")
+    if part.stop > limit:
+        raise ValueError(f"{part.stop} tokens; the network takes {limit}")
     if attend is None:
-        return torch.arange(length, device=device)[None], None
-    positions = (attend.cumsum(1) - 1).clamp(min=0)
-    itself = torch.eye(length, dtype=torch.bool, device=device)
+        return torch.arange(part.start, part.stop, device=device)[None], None
+    positions = (attend.cumsum(1) - 1).clamp(min=0)[:, part]
+    itself = torch.eye(attend.shape[1], dtype=torch.bool, device=device)[part]
     return positions, None if attend.all() else attend[:, None, None] | itself
 
 
@@ -175,10 +200,12 @@ class Block(nn.Module):
         return x + gate2[:, None] * F.dropout(h, self.dropout, self.training)
 
 
-def run_blocks(blocks, x: Tensor, common: tuple, keep: Keep | None, checkpointed: bool) -> Tensor:
+def run_blocks(
+    blocks, x: Tensor, common: tuple, keep: Keep | None, part: slice, checkpointed: bool
+) -> Tensor:
     """x through all blocks; `checkpointed` ones are computed again in the backward pass."""
     for i, block in enumerate(blocks):
-        kept = None if keep is None else partial(keep, i)
+        kept = None if keep is None else partial(keep, i, part)
         if checkpointed and torch.is_grad_enabled():
             x = checkpoint(block, x, *common, kept, use_reentrant=False)
         else:
@@ -223,22 +250,28 @@ class DiT(nn.Module):
         sigma: Tensor | None = None,
         attend: Tensor | None = None,
         keep: Keep | None = None,
+        part: slice | None = None,
     ) -> Tensor:
         """(B, L, D) embeddings and noise levels sigma (B,) -> (B, L, D), row l predicts token l.
 
         sigma is ignored (taken as 0 for all) without time conditioning; `attend` as in `padding`;
-        `keep(layer, k, v)` as in `attention`. ValueError beyond length L.
+        `keep(layer, part, k, v)` as in `attention`: with it the embeddings may be those of a
+        `part` of the positions (start and stop), the others being kept. ValueError beyond length L.
         """
-        length, limit = embeddings.shape[1], self.config.block_size
-        positions, mask = padding(attend, length, limit, embeddings.device)
+        part = part or slice(0, embeddings.shape[1])
+        positions, mask = padding(attend, part, self.config.block_size, embeddings.device)
         if not self.config.time_conditioning:
             sigma = torch.zeros(1, device=embeddings.device)  # one row serves the whole batch
         elif sigma is None:
             raise ValueError("a time-conditioned network needs sigma, one for each sequence")
         c = self.sigma_map(sigma)  # (B or 1, cond_dim)
         common = (c, self.cos[positions], self.sin[positions], mask)
-        x = run_blocks(self.blocks, embeddings, common, keep, self.checkpoint_activations)
+        x = run_blocks(self.blocks, embeddings, common, keep, part, self.checkpoint_activations)
         return self.norm_final(x, *self.adaLN(c).chunk(2, dim=-1))
+
+    def part_for(self, first: int, last: int) -> slice:
+        """What part `hidden` is to compute so that first to last (excluded) are predicted."""
+        return slice(first, last)
 
     def logits(self, rows: Tensor) -> Tensor:
         """Hidden rows (N, D) -> (N, V); the mask's logit is NEVER (SUBS)."""
@@ -340,21 +373,28 @@ class Dream(nn.Module):
         sigma: Tensor | None = None,
         attend: Tensor | None = None,
         keep: Keep | None = None,
+        part: slice | None = None,
     ) -> Tensor:
         """(B, L, D) embeddings -> (B, L, D), row l predicts token l; sigma is not used.
 
         The network's row l predicts token l + 1: its rows are shifted, and the first real one
-        keeps its own. `attend` as in `padding`; `keep(layer, k, v)` as in `attention`. ValueError
-        beyond the longest context.
+        keeps its own. `attend` as in `padding`; `keep(layer, part, k, v)` as in `attention`: with
+        it the embeddings may be those of a `part` (see `part_for`), the others being kept.
+        ValueError beyond the longest context.
         """
-        length, limit = embeddings.shape[1], self.config.block_size
-        positions, mask = padding(attend, length, limit, embeddings.device)
+        part = part or slice(0, embeddings.shape[1])
+        positions, mask = padding(attend, part, self.config.block_size, embeddings.device)
         head_dim = self.config.width // self.config.n_heads
         common = (*rotary(positions, head_dim, self.config.rope_base), mask)
-        x = run_blocks(self.layers, embeddings, common, keep, self.checkpoint_activations)
+        x = run_blocks(self.layers, embeddings, common, keep, part, self.checkpoint_activations)
         h = self.norm(x)
         shifted = torch.cat([h[:, :1], h[:, :-1]], dim=1)
         return torch.where((positions == 0)[..., None], h, shifted)
+
+    def part_for(self, first: int, last: int) -> slice:
+        """What part `hidden` is to compute so that first to last (excluded) are predicted: the
+        one before as well, which predicts the first."""
+        return slice(max(0, first - 1), last)
 
     def logits(self, rows: Tensor) -> Tensor:
         """Hidden rows (N, D) -> (N, V), as published: the mask has a logit like any other."""

@@ -31,7 +31,7 @@ from torch import Tensor
 
 from chat import answer, chat_ids, system_line
 from data import MASK_TEXT, TURN_ENDS, decode, encode, load_tokenizer, mask_id
-from model import Dream
+from model import Cache, Dream
 from runtime import (
     Parser,
     Samples,
@@ -45,6 +45,7 @@ from runtime import (
     writable_folder,
 )
 from softmask import (
+    Feedback,
     SoftMask,
     at_least_float32,
     chunk_rows,
@@ -61,6 +62,7 @@ from weights import build_model, build_softmask, load_checkpoint, merge_adapter,
 ANCESTRAL = ("mdlm", "remdm-cap", "remdm-rescale", "remdm-conf", "remdm-loop", "origin")
 ORDERS = ("maskgit_plus", "topk_margin", "entropy")  # Dream's, by confidence
 DREAM = ("origin", *ORDERS)
+CACHES = ("none", "prefix", "dual")
 MOST_STEPS = 10**6  # of a strategy that may take more steps than there are masks
 ETA = {"remdm-cap": 0.04, "remdm-rescale": 0.015, "remdm-loop": 0.02}  # ReMDM's own numbers
 
@@ -70,8 +72,9 @@ class Strategy:
     """How positions are chosen (`name`: one of ANCESTRAL or ORDERS) and tokens drawn.
 
     `eta`, `t_on`, `t_off`, `alpha_on` are ReMDM's (None: the eta of ETA); `alg_temp` above 0 draws
-    Dream's order at random. Temperature 0 takes the most likely token. ValueError for a value that
-    would make a probability negative or above 1.
+    Dream's order at random; with a `threshold` (Fast-dLLM's parallel decoding) every mask opens
+    whose drawn token is that probable. Temperature 0 takes the most likely token. ValueError for a
+    value that would make a probability negative or above 1.
     """
 
     name: str = "mdlm"
@@ -82,6 +85,7 @@ class Strategy:
     t_off: float = 0.05
     alpha_on: float = 0.9
     alg_temp: float = 0.0
+    threshold: float | None = None
 
     def __post_init__(self):
         if self.name not in ANCESTRAL + ORDERS:
@@ -94,6 +98,10 @@ class Strategy:
             raise ValueError(f"--alg-temp {self.alg_temp}: a finite number from 0")
         if self.alg_temp > 0 and self.name not in ORDERS:
             raise ValueError(f"--alg-temp {self.alg_temp}: for {', '.join(ORDERS)}")
+        if self.threshold is not None and not 0 < self.threshold <= 1:
+            raise ValueError(f"--threshold {self.threshold}: above 0, at most 1")
+        if self.threshold is not None and self.alg_temp > 0:
+            raise ValueError("--alg-temp: not with --threshold, which leaves no order to draw")
         if self.eta is None:
             object.__setattr__(self, "eta", ETA.get(self.name, 0.0))
         elif self.name not in ETA:
@@ -234,13 +242,60 @@ class Schedule(NamedTuple):
         return factors.to(rows.device)[rows // masks_left.shape[1]]
 
 
+class Block(NamedTuple):
+    """Columns first to last (excluded), which are decoded before those behind them, and the times
+    of the steps. Without Fast-dLLM all columns are one block."""
+
+    first: int
+    last: int
+    times: list[float]
+
+
+def plan(start: Tensor, nfe: int, how: Strategy, length: int | None, cache: str) -> list[Block]:
+    """The blocks of `length` columns, the last maybe shorter, in which the masks `start` (B, L) are
+    filled in `nfe` steps, of which each block gets its share.
+
+    Under a threshold a block may take as many steps as it has columns, whatever nfe is. ValueError
+    for what the strategy cannot do.
+    """
+    if cache not in CACHES:
+        raise ValueError(f"--cache {cache}: choose {', '.join(CACHES)}")
+    blockwise = length is not None or cache != "none" or how.threshold is not None
+    if blockwise and how.name not in ORDERS:
+        why = ": it may mask a token again in a block that is done and kept" if how.remasks else ""
+        raise ValueError(
+            f"--block-length, --cache and --threshold: for {', '.join(ORDERS)}, not for "
+            f"{how.name}{why}"
+        )
+    if length is not None and length < 1:
+        raise ValueError(f"--block-length {length}: at least 1")
+    most = int(start.sum(1).max()) if how.name in ORDERS else MOST_STEPS
+    if not 1 <= nfe <= most:
+        raise ValueError(f"--nfe {nfe}: 1 to {most} steps for {how.name}")
+    if not blockwise:
+        return [Block(0, start.shape[1], how.times(nfe))]
+    columns = start.any(0).nonzero()[:, 0]
+    first, last = int(columns[0]), int(columns[-1]) + 1
+    edges = [*range(first, last, length or last), last]
+    if how.threshold is not None:
+        return [Block(a, b, how.times(b - a)) for a, b in pairwise(edges)]
+    free = nfe - (len(edges) - 1)  # steps beyond the one that each block takes at least
+    if free < 0:
+        raise ValueError(f"--nfe {nfe}: each of {len(edges) - 1} blocks takes a step or more")
+    ends = [free * (edge - first) // (last - first) for edge in edges]
+    shares = [1 + b - a for a, b in pairwise(ends)]
+    return [Block(a, b, how.times(n)) for (a, b), n in zip(pairwise(edges), shares)]
+
+
 @dataclass
 class Decoding:
-    """What a decoding did: passes of the network; whether a last one filled left-over masks; and,
-    where asked for, the trace, a dictionary a sequence and step (see `generate`)."""
+    """What a decoding did: passes of the network; whether a last one filled left-over masks; bytes
+    of its cache; and, where asked for, the trace, a dictionary a sequence and step (see
+    `generate`)."""
 
     passes: int = 0
     filled: bool = False
+    cache_bytes: int = 0
     trace: list[dict] = field(default_factory=list)
 
 
@@ -258,6 +313,8 @@ def generate(
     reuse_unchanged: bool = False,
     attend: Tensor | None = None,
     stop: tuple[int, ...] = (),
+    block_length: int | None = None,
+    cache: str = "none",
     trace: bool | Callable[[dict], None] = False,
     on_step=None,
 ) -> tuple[Tensor, Decoding]:
@@ -273,115 +330,167 @@ def generate(
     in which nothing changed reuses the last pass; with `reuse_unchanged` a soft-masked one does
     too. If masks remain after the last step, one more pass fills them by argmax; it is not counted
     as NFE. `attend`, bool (B, L), is False at a batch's padding. Once a token of `stop` was drawn
-    and no mask stands before it, the masks behind it become stop[0]. `on_step(i, x)` is called
-    after every step.
+    and no mask stands before it, the masks behind it become stop[0].
 
-    Returns the tokens (B, L) and a `Decoding`. Its trace, which a callable `trace` is given instead
-    as it happens, has for every step and row: step, t (the time it ended at), row, `drawn`
-    [[position, id], ...], `remasked` [positions], and `soft`, for the masks that stay: [position,
-    lambda, -H in nats, [ids], [weights]]. ValueError for an nfe that the strategy cannot use.
+    Fast-dLLM: `block_length` cuts what is to be filled in blocks, one after the other (see `plan`).
+    With a `cache` only a block's first pass is over everything: later ones compute the block
+    ("dual"), or it and all behind it ("prefix"), attend to the kept keys and values of the rest,
+    and renew the feedback of the block's rows alone.
+
+    `on_step(i, x)` is called after every step. Returns the tokens (B, L) and a `Decoding`. Its
+    trace, which a callable `trace` is given instead as it happens, has for every step and row:
+    step, t (the time it ended at), row, `drawn` [[position, id], ...], `remasked` [positions], and
+    `soft`, for the masks that stay: [position, lambda, -H in nats, [ids], [weights]]. ValueError
+    for what the strategy cannot do.
     """
     how, schedule = how or Strategy(), Schedule(*schedule)
     start = x == model.mask_id
     if not start.any():
         return x.clone(), Decoding()
-    most = int(start.sum(1).max()) if how.name in ORDERS else None
-    if not 1 <= nfe <= (most or MOST_STEPS):
-        limit = f"1 to {most or MOST_STEPS} steps for {how.name}"
-        raise ValueError(f"--nfe {nfe}: {limit}")
+    blocks = plan(start, nfe, how, block_length, cache)
+    total, before = sum(len(block.times) - 1 for block in blocks), 0  # steps; of earlier blocks
     x, done = x.clone(), Decoding()
     tell = trace if callable(trace) else done.trace.append
     flat, length = x.view(-1), x.shape[1]
     generators = [generator(s) for s in (range(len(x)) if seeds is None else seeds)]
+    kept = Cache(model.config.n_layers) if cache != "none" else None
+    options = {"attend": attend, "keep": kept}
     reuse = not model.config.time_conditioning and (softmask is None or reuse_unchanged)
-    changed = torch.ones(len(x), dtype=torch.bool, device=x.device)  # the rows that did
     hidden = feedback = rows = None
-    padded = {} if attend is None else {"attend": attend}
     prob = torch.zeros(x.shape, device=x.device)  # of each token when it was drawn
-    times = how.times(nfe)
 
-    def left() -> Tensor:
-        return torch.where(start, (x == model.mask_id).float(), math.nan)
+    def scale_at(step: int) -> Tensor | float:
+        masks_left = torch.where(start, (x == model.mask_id).float(), math.nan)
+        return schedule.scale(1 - step / total, masks_left, rows)
 
     with autocast(x.device, dtype):
-        for i, (t, s) in enumerate(pairwise(times)):
-            masked = x == model.mask_id
-            if not (masked.any() or how.remasks):
-                break
-            looks = bool(masked.any()) and (not reuse or bool(changed.any()))
-            if looks:
-                scale = schedule.scale(1 - i / nfe, left(), rows)
-                new = _look(model, x, t, softmask, rows, feedback, scale, padded)  # (B * L, D)
-                if softmask is not None and reuse and hidden is not None:
-                    same = ~changed.repeat_interleave(length)  # of a row that did not change
-                    new[same] = hidden[same]
-                hidden = new
-                done.passes += 1
-            last = i == nfe - 1
-            seen = tokens = None
-            if how.name in ORDERS:
-                opens, tokens, seen = _by_confidence(
-                    model, hidden, masked, how, softmask, generators, attend, t, s, last
-                )
-                closes = torch.zeros_like(opens)
-            else:
-                u = _noise(generators, x, attend).to(prob)  # (B, L)
-                opening, sigma = how.rates(t, s)
-                opens = masked & ((u < opening) | (last and how.name == "origin"))
-                drawn = start & ~masked
-                if how.name == "remdm-conf":  # spread over what may be remasked
-                    share = torch.where(drawn, -prob, -math.inf).softmax(-1).nan_to_num(0)
-                    sigma = sigma * share
-                closes = drawn & (u < sigma)
-            chosen = opens.flatten().nonzero()[:, 0]
-            former, remasked = x[closes], closes.flatten().nonzero()[:, 0]
-            if tokens is None:
-                tokens, p = _draw_at(model, hidden, chosen, how, generators, length)
-                prob.view(-1)[chosen] = p.to(prob)
-            flat[chosen], flat[remasked] = tokens, model.mask_id
-            if stop:
-                behind = _behind_stop(x, start, model.mask_id, stop)
-                x[behind] = stop[0]
-                opens |= behind
+        for first, behind, times in blocks:
+            within = torch.zeros(length, dtype=torch.bool, device=x.device)
+            within[first:behind] = True
+            changed = torch.ones(len(x), dtype=torch.bool, device=x.device)  # the rows that did
+            for i, (t, s) in enumerate(pairwise(times)):
+                masked = (x == model.mask_id) & within
+                if not (masked.any() or how.remasks):
+                    break
+                looks = bool(masked.any()) and (not reuse or bool(changed.any()))
+                part = slice(0, length)
+                if kept is not None and i > 0:
+                    part = model.part_for(first, behind if cache == "dual" else length)
+                if looks:
+                    scale = scale_at(before + i)
+                    new = _look(model, x, t, softmask, rows, feedback, scale, part, options)
+                    if softmask is not None and reuse and i > 0:
+                        new[~changed] = hidden[~changed][:, part]  # of a row that did not change
+                    if new.shape[1] == length:
+                        hidden = new  # (B, L, D)
+                    else:
+                        hidden[:, part] = new
+                    done.passes += 1
+                predicted, last = hidden.flatten(0, 1), i == len(times) - 2
+                seen = tokens = None
+                if how.name in ORDERS:
+                    opens, tokens, seen = _by_confidence(
+                        model, predicted, masked, how, softmask, generators, attend, t, s, last
+                    )
+                    closes = torch.zeros_like(opens)
+                else:
+                    drawn = start & ~masked
+                    opens, closes = _by_chance(
+                        masked, drawn, prob, how, generators, attend, t, s, last
+                    )
                 chosen = opens.flatten().nonzero()[:, 0]
-            changed = (opens | closes).any(1)  # (B,)
-            if softmask is not None and (looks or changed.any()):
-                stays = masked & ~opens
-                rows = stays.flatten().nonzero()[:, 0]
-                parts = []
-                if len(rows) and seen is None:
-                    parts.append(softmask.feedback(model, hidden[rows]))
-                elif len(rows):
-                    parts.append(pick(seen, stays[masked]))
-                if len(former):
-                    parts.append(softmask.certain(former, model.embedding))
-                rows = torch.cat([rows, remasked])
-                feedback = join(parts) if parts else None
-            if trace:
-                scale = schedule.scale(1 - (i + 1) / nfe, left(), rows)
-                lam = None if feedback is None else scale * softmask.lam(feedback.neg_entropy)
-                for entry in trace_entries(i, s, x, chosen, remasked, rows, feedback, lam):
-                    tell(entry)
-            if on_step is not None:
-                on_step(i, x)
+                former, remasked = x[closes], closes.flatten().nonzero()[:, 0]
+                if tokens is None:
+                    tokens, p = _draw_at(model, predicted, chosen, how, generators, length)
+                    prob.view(-1)[chosen] = p.to(prob)
+                flat[chosen], flat[remasked] = tokens, model.mask_id
+                if stop:
+                    ended = _behind_stop(x, start, model.mask_id, stop)
+                    x[ended] = stop[0]
+                    opens |= ended
+                    chosen = opens.flatten().nonzero()[:, 0]
+                changed = (opens | closes).any(1)  # (B,)
+                if softmask is not None and (looks or changed.any()):
+                    elsewhere = (x == model.mask_id) & ~within  # masks of other blocks
+                    renewed = elsewhere & masked.any(1)[:, None]  # not of a row that is done here
+                    renewed &= part.stop - part.start == length
+                    stays = masked & ~opens
+                    found = None if seen is None else pick(seen, stays[masked])
+                    rows, feedback = _joined(
+                        _predicted(model, softmask, predicted, stays, found),
+                        _predicted(model, softmask, predicted, renewed),
+                        _unchanged(rows, feedback, elsewhere & ~renewed),
+                        (remasked, softmask.certain(former, model.embedding)),
+                    )
+                if trace:
+                    scale = scale_at(before + i + 1)
+                    lam = None if feedback is None else scale * softmask.lam(feedback.neg_entropy)
+                    happened = (before + i, s, x, chosen, remasked, rows, feedback, lam)
+                    for entry in trace_entries(*happened):
+                        tell(entry)
+                if on_step is not None:
+                    on_step(before + i, x)
+            before += len(times) - 1
         rest = (x == model.mask_id).flatten().nonzero()[:, 0]
         if len(rest):
             done.filled = True
-            scale = schedule.scale(0.0, left(), rows)
-            hidden = _look(model, x, times[-1], softmask, rows, feedback, scale, padded)
-            flat[rest], _ = _draw_at(
-                model, hidden, rest, Strategy(how.name, temperature=0), generators, length
+            everything = slice(0, length)
+            scale = scale_at(total)
+            hidden = _look(
+                model, x, blocks[-1].times[-1], softmask, rows, feedback, scale, everything, options
             )
+            flat[rest], _ = _draw_at(
+                model, hidden.flatten(0, 1), rest, Strategy(how.name, temperature=0), generators,
+                length,
+            )  # fmt: skip
             if trace:
-                for entry in trace_entries(nfe, 0.0, x, rest, rest[:0], None, None, None):
+                for entry in trace_entries(total, 0.0, x, rest, rest[:0], None, None, None):
                     tell(entry)
+    done.cache_bytes = 0 if kept is None else kept.nbytes
     return x, done
 
 
-def _look(model, x: Tensor, t: float, softmask, rows, feedback, scale: float, padded) -> Tensor:
-    """A pass at time t over x (B, L) with the feedback of the last one, if any: (B * L, D)."""
+def _look(
+    model, x: Tensor, t: float, softmask, rows, feedback, scale, part: slice, options: dict
+) -> Tensor:
+    """A pass at time t over the columns `part` of x (B, L), with the feedback at `rows`, indices
+    into B * L, of the passes before, if any: (B, columns, D)."""
+    if feedback is not None and part.stop - part.start < x.shape[1]:
+        column = rows % x.shape[1]
+        here = (column >= part.start) & (column < part.stop)
+        feedback, scale = pick(feedback, here), scale[here] if torch.is_tensor(scale) else scale
+        rows = (rows // x.shape[1] * (part.stop - part.start) + column - part.start)[here]
     sigma = noise_level(torch.full((len(x),), t, device=x.device), model.mask_eps)
-    return denoise(model, x, sigma, softmask, rows, feedback, scale, **padded).flatten(0, 1)
+    whole = options["keep"] is None
+    options = options | {"part": None if whole else part}
+    return denoise(model, x[:, part], sigma, softmask, rows, feedback, scale, **options)
+
+
+# Feedback after a step: of which rows, indices into B * L, and what; None where there is none.
+
+
+def _predicted(model, softmask, hidden: Tensor, where: Tensor, known: Feedback | None = None):
+    """That of a pass, hidden (B * L, D), at `where` (B, L), if it is not `known` already."""
+    rows = where.flatten().nonzero()[:, 0]
+    if len(rows) and known is None:
+        known = softmask.feedback(model, hidden[rows])
+    return rows, known
+
+
+def _unchanged(rows: Tensor | None, feedback: Feedback | None, where: Tensor):
+    """That of earlier passes at `where` (B, L)."""
+    if feedback is None:
+        return rows, None
+    which = where.flatten()[rows]
+    return rows[which], pick(feedback, which)
+
+
+def _joined(*parts) -> tuple[Tensor | None, Feedback | None]:
+    parts = [(rows, feedback) for rows, feedback in parts if feedback is not None and len(rows)]
+    if not parts:
+        return None, None
+    rows, feedback = zip(*parts)
+    return torch.cat(rows), join(list(feedback))
 
 
 def _behind_stop(x: Tensor, start: Tensor, mask_id: int, stop: tuple[int, ...]) -> Tensor:
@@ -414,8 +523,21 @@ def _draw_at(model, hidden, rows, how, generators, length: int) -> tuple[Tensor,
     return torch.cat(tokens), torch.cat(p)
 
 
+def _by_chance(masked, drawn, prob, how, generators, attend, t, s, last) -> tuple[Tensor, Tensor]:
+    """Ancestral strategies: of the masks `masked` (B, L) which open, and of the tokens `drawn`,
+    which had probability `prob`, which are masked again."""
+    u = _noise(generators, masked, attend).to(prob)  # (B, L)
+    opening, sigma = how.rates(t, s)
+    opens = masked & ((u < opening) | (last and how.name == "origin"))
+    if how.name == "remdm-conf":  # spread over what may be remasked
+        share = torch.where(drawn, -prob, -math.inf).softmax(-1).nan_to_num(0)
+        sigma = sigma * share
+    return opens, drawn & (u < sigma)
+
+
 def _by_confidence(model, hidden, masked, how, softmask, generators, attend, t, s, last):
-    """Dream's orders: the n positions of largest confidence open, n = masks (1 - s/t) a row.
+    """Dream's orders: the n positions of largest confidence open, n = masks (1 - s/t) a row. Under
+    a threshold those whose drawn token has that probability or more, and the most probable one.
 
     Returns the positions (B, L); their tokens where the confidence needed them drawn, else None;
     and the feedback of all masked positions, for which one meeting with the vocabulary serves.
@@ -428,15 +550,20 @@ def _by_confidence(model, hidden, masked, how, softmask, generators, attend, t, 
             seen.append(softmask.reduce(z, model.embedding))
         ids, p = candidates(z, model.mask_id, how)
         drawn = None
-        if how.name == "maskgit_plus":
+        if how.name == "maskgit_plus" or how.threshold is not None:
             own = [generators[i] for i in (part // masked.shape[1]).tolist()]
             token, drawn = draw(ids, p, how.temperature, own)
             tokens.append(token)
-        sure.append(confidence(how.name, p, drawn))
+        sure.append(drawn if how.threshold is not None else confidence(how.name, p, drawn))
     score = torch.full(masked.shape, -math.inf, dtype=sure[0].dtype, device=masked.device)
     score[masked] = torch.cat(sure)
+    if how.threshold is not None:
+        best = torch.zeros_like(masked).scatter_(1, score.argmax(1, keepdim=True), True)
+        opens = masked & (best | (score >= how.threshold))
+        return opens, torch.cat(tokens)[opens[masked]], join(seen) if seen else None
     if how.alg_temp > 0:  # Gumbel's top n: n draws without replacement from the softmax
-        u = _noise(generators, masked, attend).to(score.device)
+        real = masked.any(1, keepdim=True).expand_as(masked)  # a row that is done draws nothing
+        u = _noise(generators, masked, real if attend is None else real & attend).to(score.device)
         score = score.double() / how.alg_temp - torch.log(-torch.log(u))
         score = score.masked_fill(~masked, -math.inf)
     share = 1 - torch.tensor(s) / torch.tensor(t)  # in float32, as published
@@ -512,7 +639,8 @@ def seed_of(seed: int, i: int) -> int:
 def strategy_of(args: argparse.Namespace, length: int, nfe: int, answers: bool) -> Strategy:
     """The strategy that the flags name; a flag that is None takes its default."""
     values = {"temperature": 0.1, "top_p": 0.9} if answers else {}  # appendix A.2
-    for name in ("temperature", "top_p", "eta", "t_on", "t_off", "alpha_on", "alg_temp"):
+    names = ("temperature", "top_p", "eta", "t_on", "t_off", "alpha_on", "alg_temp", "threshold")
+    for name in names:
         if getattr(args, name) is not None:
             values[name] = getattr(args, name)
     if args.preset == "remdm-paper":  # the ReMDM rows of the paper's table 1
@@ -563,6 +691,8 @@ def schedule_of(args: argparse.Namespace) -> Schedule:
 
 def steps_of(args: argparse.Namespace, masks: int) -> int:
     """--nfe, or --budget (steps / tokens), or one step a mask."""
+    if args.threshold is not None and (args.nfe or args.budget):
+        raise ValueError("--threshold: it decides the steps; drop --nfe and --budget")
     if args.budget is None:
         return masks if args.nfe is None else args.nfe
     short = re.fullmatch(r"\d{1,9}/0*[1-9]\d{0,8}|\d{0,9}\.?\d{1,9}", args.budget)
@@ -630,9 +760,10 @@ def converse(args, model, tokenizer, softmask, dtype) -> int:
     eos = tokenizer.eot_token
     ends = (eos, tokenizer._special_tokens.get(TURN_ENDS, eos))
     options = dict(
-        dtype=dtype, schedule=schedule_of(args),
+        dtype=dtype, schedule=schedule_of(args), block_length=args.block_length, cache=args.cache,
         reuse_unchanged=args.reuse_unchanged, stop=ends if args.stop_early else (),
     )  # fmt: skip
+    kept = 0
 
     def answer_to(messages: list[dict], seed: int) -> str:
         prompt = chat_ids(tokenizer, messages, args.system)
@@ -641,10 +772,14 @@ def converse(args, model, tokenizer, softmask, dtype) -> int:
             lambda ids: answer(tokenizer, ids), start, model.mask_id, len(prompt)
         ) as view:
             watch = view.update if view.live and (args.chat or args.watch) else False
-            answers, _ = respond(
+            answers, done = respond(
                 model, [prompt], new_tokens, nfe, eos, softmask, how, seeds=[seed], trace=watch,
                 **options,
             )  # fmt: skip
+        nonlocal kept
+        if done.cache_bytes > kept:
+            kept = done.cache_bytes
+            print(f"cache: {kept / 1e6:.1f} MB of keys and values", file=sys.stderr)
         return answer(tokenizer, answers[0])
 
     if args.chat:
@@ -713,12 +848,15 @@ def write_samples(args, model, tokenizer, softmask, dtype) -> int:
         repr(how),
         schedule,
         args.reuse_unchanged,
+        args.block_length,
+        args.cache,
     ]
     samples = Samples(args.out, [*settings, start.tolist(), nfe, args.seed], world)
     head = {"strategy": how.name, "nfe": nfe, "k": k, "omegas": omegas, "start": start.tolist()}
     tracing = args.trace and world.rank == 0
     trace = TraceFile(args.trace, head, partial(decode, tokenizer)) if tracing else None
-    already, passes, batches, begin = samples.done, 0, 0, time.perf_counter()
+    already, passes, batches, kept = samples.done, 0, 0, 0
+    begin = time.perf_counter()
     with progress(total=max(0, args.num - already) * nfe, desc="decoding", unit=" steps") as bar:
         while samples.done < args.num:
             first = samples.done + world.rank * args.batch_size
@@ -728,9 +866,10 @@ def write_samples(args, model, tokenizer, softmask, dtype) -> int:
                 x, done = generate(
                     model, x, nfe, softmask, how, seeds=[seed_of(args.seed, i) for i in here],
                     dtype=dtype, schedule=schedule, reuse_unchanged=args.reuse_unchanged,
+                    block_length=args.block_length, cache=args.cache,
                     trace=trace is not None, on_step=lambda i, x: bar.update(len(x) * world.size)
                 )  # fmt: skip
-                passes, batches = passes + done.passes, batches + 1
+                passes, batches, kept = passes + done.passes, batches + 1, done.cache_bytes
                 if trace is not None:
                     trace.add(done.trace, here)
             ids = x.tolist()
@@ -741,10 +880,12 @@ def write_samples(args, model, tokenizer, softmask, dtype) -> int:
             print(f"--- sample {i}\n{text}")
         made = samples.done - already
         where = f" in {args.out}, which holds {samples.done}" if args.out else ""
+        steps = f"{nfe} steps" if how.threshold is None else f"threshold {how.threshold:g}"
         print(
             f"--- {made} samples{where}, {masks * made / seconds:.1f} tokens per second; "
-            f"{how.name}, {nfe} steps, {passes / max(1, batches):.1f} network passes a batch; "
+            f"{how.name}, {steps}, {passes / max(1, batches):.1f} network passes a batch; "
             f"{'soft-masked' if softmask is not None else 'binary'}"
+            + (f"; cache {kept / 1e6:.1f} MB" if kept else "")
         )
     world.leave()
     return 0
@@ -780,6 +921,10 @@ def parser() -> Parser:
     add("--stop-early", action="store_true", help="an answer that ended is filled at once")
     add("--alg-temp", type=float, help="of maskgit_plus, topk_margin, entropy: order at random")
     defaults = ", ".join(f"{name} {eta}" for name, eta in ETA.items())
+    add("--block-length", type=int, help="decode blocks of so many tokens, one after the other")
+    add("--cache", choices=CACHES, default="none",
+        help="keep keys and values: of what is before a block (prefix), or on both sides (dual)")
+    add("--threshold", type=float, help="open every mask whose token is that probable, like 0.9")
     add("--eta", type=float, help=f"of remasking; default: {defaults}")
     add("--t-on", type=float, help="remdm-loop: its loop starts at this time; default: 0.55")
     add("--t-off", type=float, help="and ends at this; default: 0.05")

@@ -296,8 +296,10 @@ def denoise(
 ) -> Tensor:
     """One pass g_theta over x_t (B, L), soft-masked at `rows` if there is feedback: (B, L, D).
 
-    `options` go to `model.hidden`: `attend` for padded batches, `keep` for keys and values.
+    `options` that are not None go to `model.hidden`: `attend` for padded batches, `keep` and `part`
+    for kept keys and values.
     """
+    options = {name: value for name, value in options.items() if value is not None}
     embeddings = model.embed(xt)  # (B, L, D)
     if feedback is not None:
         embeddings = softmask(embeddings, rows, feedback, model.embedding, scale)

@@ -419,16 +419,16 @@ def test_keys_and_values_of_each_layer_can_be_kept_and_replaced(model):
     randomise(model)
     tokens, kept = torch.randint(500, (2, 8)), {}
 
-    def keep(layer, k, v):
+    def keep(layer, rows, k, v):
         kept[layer] = k, v
         return k, v
 
     plain = model.hidden(model.embed(tokens))
     torch.testing.assert_close(model.hidden(model.embed(tokens), keep=keep), plain)
     assert list(kept) == list(range(model.config.n_layers))
-    again = model.hidden(model.embed(tokens), keep=lambda layer, k, v: kept[layer])
+    again = model.hidden(model.embed(tokens), keep=lambda layer, rows, k, v: kept[layer])
     torch.testing.assert_close(again, plain)
-    without = model.hidden(model.embed(tokens), keep=lambda layer, k, v: (k, 0 * v))
+    without = model.hidden(model.embed(tokens), keep=lambda layer, rows, k, v: (k, 0 * v))
     assert not torch.allclose(without, plain)
 
 

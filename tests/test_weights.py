@@ -560,3 +560,155 @@ def test_an_adapter_for_another_base_is_named_by_its_first_misfit(adapter, dream
     (folder / "adapter_model.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match=r"adapter_model\.safetensors"):
         weights.read_adapter(str(folder), "--adapter")
+
+
+# Adapters that we write
+
+
+def random_adapter(model, targets, dora=True):
+    """A DoRA (r 3, alpha 7) of a network's layers, far from its start."""
+    modules = {}
+    for name, w in model.named_parameters():
+        if name.rsplit(".", 2)[-2:] in [[target, "weight"] for target in targets]:
+            modules[name] = {"lora_A": torch.randn(3, w.shape[1]), "lora_B": torch.randn(len(w), 3)}
+            if dora:
+                modules[name]["lora_magnitude_vector"] = torch.rand(len(w)) + 0.5
+    return {"r": 3, "alpha": 7.0, "dropout": 0.25, "targets": targets, "modules": modules}
+
+
+PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj"]
+
+
+def with_adapter(model, adapter):
+    """Another network of the weights W' that DoRA's formula gives, computed here in float64."""
+    ours = type(model)(model.config)
+    ours.load_state_dict(model.state_dict())
+    for name, parts in adapter["modules"].items():
+        a, b, *m = (v.double() for v in parts.values())
+        w = ours.get_parameter(name)
+        new = w.double() + adapter["alpha"] / adapter["r"] * b @ a
+        w.data = (new if not m else new * (m[0] / new.norm(dim=1))[:, None]).float()
+    return ours.eval()
+
+
+@pytest.mark.parametrize("dora", [True, False])
+def test_a_written_adapter_gives_the_same_outputs_in_peft(tmp_path, dream, dora):
+    peft = pytest.importorskip("peft")
+    adapter = random_adapter(dream, PROJECTIONS, dora)
+    weights.write_adapter(tmp_path, adapter, "some/base", None)
+    theirs = peft.PeftModel.from_pretrained(qwen2_of(dream), tmp_path).eval()
+    tokens, everywhere = torch.arange(30)[None], torch.zeros(1, 1, 30, 30)
+    with torch.no_grad():
+        want = theirs(tokens, attention_mask=everywhere).logits[0]
+        plain = qwen2_of(dream).eval()(tokens, attention_mask=everywhere).logits[0]
+    own = dream_logits(with_adapter(dream, adapter))
+    torch.testing.assert_close(own[1:], want[:-1], atol=1e-4, rtol=1e-4)  # Dream's shift
+    torch.testing.assert_close(dream_logits(dream)[1:], plain[:-1], atol=1e-4, rtol=1e-4)
+    assert not torch.allclose(want, plain, atol=0.1)
+    assert theirs.peft_config["default"].lora_dropout == 0.25
+
+
+def test_a_written_adapter_has_the_published_names_and_settings(tmp_path, dream):
+    from safetensors.torch import load_file
+
+    adapter = random_adapter(dream, PROJECTIONS)
+    q = adapter["modules"]["layers.1.q_proj.weight"]
+    adapter["modules"]["layers.1.q_proj.weight"] = {n: t.bfloat16() for n, t in q.items()}
+    weights.write_adapter(tmp_path, adapter, "Dream-org/Dream-v0-Instruct-7B", None)
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    shapes = {}
+    for i in range(dream.config.n_layers):
+        for part, out in zip("qkvo", (64, 32, 32, 64)):
+            stem = f"base_model.model.model.layers.{i}.self_attn.{part}_proj"
+            shapes[f"{stem}.lora_A.weight"] = (3, 64)
+            shapes[f"{stem}.lora_B.weight"] = (out, 3)
+            shapes[f"{stem}.lora_magnitude_vector"] = (out,)
+    assert {name: tuple(t.shape) for name, t in tensors.items()} == shapes
+    assert {t.dtype for t in tensors.values()} == {torch.float32}
+    assert json.loads((tmp_path / "adapter_config.json").read_text()) == {
+        "peft_type": "LORA", "task_type": "CAUSAL_LM", "r": 3, "lora_alpha": 7.0,
+        "lora_dropout": 0.25, "target_modules": PROJECTIONS, "use_dora": True, "bias": "none",
+        "fan_in_fan_out": False, "use_rslora": False, "modules_to_save": None,
+        "base_model_name_or_path": "Dream-org/Dream-v0-Instruct-7B", "inference_mode": True,
+    }  # fmt: skip
+    assert json.loads((tmp_path / "transparency_config.json").read_text()) == {
+        "transparency_alg": "none"
+    }
+    assert len(os.listdir(tmp_path)) == 3
+
+
+@pytest.mark.parametrize("dora", [True, False])
+def test_a_written_adapter_is_read_back_to_the_bit(tmp_path, dream, dora):
+    adapter = random_adapter(dream, PROJECTIONS, dora)
+    weights.write_adapter(tmp_path, adapter, "x", None)
+    read = weights.read_adapter(str(tmp_path), "--adapter")
+    for name in ("r", "alpha", "dropout", "targets"):
+        assert read[name] == adapter[name]
+    assert read["modules"].keys() == adapter["modules"].keys()
+    for name, parts in adapter["modules"].items():
+        assert read["modules"][name].keys() == parts.keys()
+        assert all(torch.equal(read["modules"][name][part], parts[part]) for part in parts)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert config["use_dora"] is dora
+
+
+@pytest.mark.parametrize(
+    ("k", "schedule", "theirs", "scheduling"),
+    [
+        (1, "none", "mixinputs_with_topk", "none"),
+        (3, "step", "mixinputs_with_topk", "stepwise"),
+        (None, "linear", "mixinputs_with_temp", "linear"),
+    ],
+)
+def test_a_written_soft_mask_comes_back(tmp_path, dream, k, schedule, theirs, scheduling):
+    softmask = SoftMask(k)
+    softmask.set_omegas(0.37, 4.5, -1.25, *([0.6] if k is None else []))
+    adapter = random_adapter(dream, ["q_proj"]) | {"schedule": schedule}
+    weights.write_adapter(tmp_path, adapter, "x", softmask)
+    written = json.loads((tmp_path / "transparency_config.json").read_text())
+    assert written.pop("transparency_alg") == theirs and written.pop("mixinputs_k") == k
+    assert written.pop("transparency_scheduling") == scheduling
+    assert written == pytest.approx(
+        {
+            "transparency_scale": 0.37, "transparency_steepness": 4.5,
+            "transparency_centre": -1.25, "mixture_temp": 0.6 if k is None else 1.0,
+        },
+        rel=1e-5,
+    )  # fmt: skip
+    read = weights.read_adapter(str(tmp_path), "--adapter")
+    again = weights.build_softmask(read)
+    assert read["schedule"] == schedule and again.k == k
+    assert again.omegas() == pytest.approx(softmask.omegas(), rel=1e-6)
+
+
+def test_an_adapter_of_a_dit_gives_the_same_outputs_in_peft(tmp_path, networks):
+    peft = pytest.importorskip("peft")
+    base = networks[0]
+    adapter = random_adapter(base, ["attn_qkv", "attn_out", "adaLN"])
+    assert len(adapter["modules"]) == 7
+    weights.write_adapter(tmp_path, adapter, "x", SoftMask(3))
+    copy = DiT(base.config)
+    copy.load_state_dict(base.state_dict())
+    theirs = peft.PeftModel.from_pretrained(copy, tmp_path).eval()
+    want = logits(with_adapter(base, adapter))
+    torch.testing.assert_close(logits(theirs.base_model.model), want, atol=1e-4, rtol=1e-4)
+    assert not torch.allclose(want, logits(base), atol=0.1)
+    config = peft.LoraConfig(r=3, use_dora=True, target_modules=["attn_qkv", "attn_out", "adaLN"])
+    fresh = DiT(base.config)
+    fresh.load_state_dict(base.state_dict())
+    named = peft.get_peft_model_state_dict(peft.get_peft_model(fresh, config))
+    with weights.safe_open(tmp_path / "adapter_model.safetensors", framework="pt") as f:
+        assert set(f.keys()) == set(named)
+
+
+def test_an_adapter_that_cannot_be_written_leaves_the_old_one(tmp_path, dream, monkeypatch):
+    weights.write_adapter(tmp_path, random_adapter(dream, ["q_proj"]), "x", None)
+    before = {name: (tmp_path / name).read_bytes() for name in os.listdir(tmp_path)}
+
+    def replace(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "replace", replace)
+    with pytest.raises(OSError, match="adapter_model.safetensors"):
+        weights.write_adapter(tmp_path, random_adapter(dream, ["v_proj"]), "y", SoftMask(3))
+    assert before == {name: (tmp_path / name).read_bytes() for name in os.listdir(tmp_path)}
