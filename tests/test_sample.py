@@ -8,6 +8,7 @@ import select
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -1169,6 +1170,7 @@ def in_a_terminal(folder, keys, term="xterm-256color"):
             break
         at = shown.index(awaited, at) + len(awaited)
         if typed:
+            time.sleep(0.3)  # as a person: a signal just before input() waits would not wake it
             os.write(fd, typed)
     os.close(fd)
     return shown.decode(errors="replace"), os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
