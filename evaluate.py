@@ -3,27 +3,34 @@
     python evaluate.py ppl --ckpt out/ckpt.pt                   # the held-out part of its corpus
     python evaluate.py ppl --ckpt out/ckpt.pt --data book.txt --passes 1
     python evaluate.py gen --ckpt out/ckpt.pt samples.jsonl     # what sample.py --out wrote
+    python evaluate.py tradeoff binary sm --picture figure.svg  # quality against speed
 
 `ppl`: the NELBO, an upper bound on the negative log-likelihood (section 2.1), in nats a token, as
 perplexity and as bits per byte, with EMA weights. A soft-masked model takes two passes.
 
 `gen`: how far samples are from held-out text, as the Jensen-Shannon divergence of their n-grams,
-which neither repetition nor dull text makes small, and their unigram entropy.
+which neither repetition nor dull text makes small, and their unigram entropy. `tradeoff`: the same
+beside the tokens a second of blockwise decoding.
 """
 
 import argparse
 import ast
 import json
+import statistics
 import textwrap
+import time
 import warnings
+from pathlib import Path
 
 import numpy as np
 import torch
 
 from data import decode, open_corpus, token_bytes, vocab_size
 from runtime import Parser, pick_device, pick_dtype, run
+from sample import Strategy, generate, seed_of
 from train import EVAL_BATCH, bits_per_byte, in_batches
 from training import nelbo, perplexity
+from viz import plot_tradeoff
 from weights import build_model, build_softmask, load_checkpoint
 
 
@@ -158,6 +165,60 @@ def gen(args: argparse.Namespace) -> None:
         print(f"{cells}{len(ids):9}  {path}")
 
 
+def tradeoff(args: argparse.Namespace) -> None:
+    """Quality against speed of blockwise decoding (figure 4's shape): networks complete the second
+    half of held-out blocks, with the dual cache; quality is the divergence of the halves' 3-grams
+    from the text's. A table and a picture."""
+    device = pick_device(args.device)
+    dtype = pick_dtype(args.dtype, device)
+    points = []
+    head = f"{'network':12}{'block':>6}{'steps':>12}{'passes':>8}{'tokens/s':>10}"
+    print(f"{head}{'3-grams, bits':>19}{'entropy':>9}", flush=True)
+    cells = [(b, budget) for budget in args.budgets for b in args.blocks]
+    cells += [(b, -threshold) for threshold in args.thresholds for b in args.blocks]
+    for place in args.ckpt:
+        state = load_checkpoint(place, "CKPT")
+        model = build_model(state, ema=True).to(device).eval()
+        softmask = build_softmask(state)
+        softmask = softmask.to(device) if softmask is not None else None
+        corpus = open_corpus(state["args"]["data"], state["tokenizer"], args.cache)
+        length = model.config.block_size
+        corpus.need("val", length)
+        text = corpus.blocks("val", length, args.num).to(device)
+        given = length // 2
+        start = text.index_fill(1, torch.arange(given, length, device=device), model.mask_id)
+        for block, steps in cells:
+            how = Strategy("entropy", 1.0, 0.9, threshold=-steps if steps < 0 else None)
+            nfe = max(1, round((length - given) * max(steps, 0)))
+            nfe = max(nfe, -(-(length - given) // block))  # a step a block at least
+            passes, scores, entropies, begin = [], [], [], time.perf_counter()
+            for seed in range(args.seeds):
+                parts = []
+                for i, x in enumerate(start.split(args.batch_size)):
+                    seeds = [seed_of(seed, i * args.batch_size + n) for n in range(len(x))]
+                    options = dict(seeds=seeds, dtype=dtype, block_length=block, cache="dual")
+                    x, done = generate(model, x, nfe, softmask, how, **options)
+                    parts.append(x[:, given:])
+                    passes.append(done.passes)
+                ids = torch.cat(parts).cpu().numpy()
+                scores.append(divergence(ids, text[:, given:].cpu().numpy(), 3, model.vocab_size))
+                entropies.append(unigram_entropy(ids))
+            seconds = time.perf_counter() - begin
+            name, speed = Path(place).name, args.seeds * len(text) * (length - given) / seconds
+            label = f"p {-steps:g}" if steps < 0 else f"budget {steps:g}"
+            mean, error = statistics.mean(scores), statistics.pstdev(scores)
+            print(
+                f"{name:12}{block:6}{label:>12}{statistics.mean(passes):8.1f}{speed:10.0f}"
+                f"{mean:9.4f} +- {error:.4f}{statistics.mean(entropies):9.3f}",
+                flush=True,
+            )
+            point = dict(speed=speed, quality=mean, error=error, label=str(block))
+            points.append({"series": f"{name}, {label}", **point})
+    if args.picture:
+        quality = "divergence of 3-grams from the text, bits (lower is better)"
+        plot_tradeoff(points, quality, args.picture)
+
+
 def parser() -> Parser:
     p = Parser(description="Evaluate a model.")
     commands = p.add_subparsers(required=True, metavar="what")
@@ -184,6 +245,19 @@ def parser() -> Parser:
     c.add_argument("--ckpt", default="out/ckpt.pt", help="whose tokenizer and corpus to take")
     c.add_argument("--data", help="text, JSONL or folder; default: the corpus of the checkpoint")
     c.add_argument("--cache", default="corpora", help="folder of tokenized corpora")
+    c = commands.add_parser("tradeoff", help="quality against speed of blockwise decoding")
+    c.set_defaults(main=tradeoff)
+    c.add_argument("ckpt", nargs="+", help="trained networks of train.py")
+    c.add_argument("--blocks", type=int, nargs="+", default=[4, 8, 16, 32, 64])
+    c.add_argument("--budgets", type=float, nargs="*", default=[0.25], help="steps / tokens")
+    c.add_argument("--thresholds", type=float, nargs="*", default=[0.9, 0.5])
+    c.add_argument("--num", type=int, default=400, help="held-out blocks")
+    c.add_argument("--seeds", type=int, default=3)
+    c.add_argument("--batch-size", type=int, default=50)
+    c.add_argument("--picture", help="draw it to this SVG or PNG file")
+    c.add_argument("--cache", default="corpora", help="folder of tokenized corpora")
+    c.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
+    c.add_argument("--dtype", default="auto", help="auto, float32 or bfloat16")
     return p
 
 

@@ -54,6 +54,7 @@ from training import (
     draw_masks,
     draw_soft,
     drive,
+    given,
     mode,
     parse_k,
     perplexity,
@@ -98,7 +99,9 @@ class DoRALinear(nn.Module):
         super().__init__()
         out, width = base.weight.shape
         if not 1 <= r <= min(out, width):
-            raise ValueError(f"rank {r}: from 1 to {min(out, width)} for a layer {width} to {out}")
+            raise ValueError(
+                f"--rank {r}: from 1 to {min(out, width)} for a layer {width} to {out}"
+            )
         self.weight, self.bias = base.weight.requires_grad_(False), base.bias
         if self.bias is not None:
             self.bias.requires_grad_(False)
@@ -197,6 +200,7 @@ class FineTuning(Run):
     chats: Chats
     layers: dict[str, DoRALinear]
     tokenizer: dict
+    schedule: str = "none"  # of decoding, that of the adapter it started from
     order: tuple[int, np.ndarray] | None = None  # an epoch and its batches
 
     files = (
@@ -247,7 +251,7 @@ class FineTuning(Run):
     def validate(self) -> dict[str, float]:
         """As every run; an adapter that is better than all before is written to --out."""
         scores = super().validate()
-        best, nats = Path(self.args.out) / "best.json", min_passes(scores)
+        best, nats = Path(self.args.out) / "best.json", score_of(scores)
         if self.world.rank == 0 and nats < read_best(best):
             write_adapter(Path(self.args.out), self.adapter(), self.args.model, self.softmask)
             with atomic_write(best, "w") as f:
@@ -257,7 +261,8 @@ class FineTuning(Run):
     def adapter(self) -> dict:
         a = self.args
         return {
-            "r": a.r, "alpha": a.alpha, "dropout": a.lora_dropout, "targets": a.targets.split(","),
+            "r": a.rank, "alpha": a.alpha, "dropout": a.lora_dropout, "schedule": self.schedule,
+            "targets": a.targets.split(","),
             "modules": {
                 name: {part: tensor.detach() for part, tensor in layer.parts().items()}
                 for name, layer in self.layers.items()
@@ -275,12 +280,12 @@ class FineTuning(Run):
         total = sum(p.numel() for p in self.model.parameters()) - trained
         kind = "DoRA" if self.args.dora else "LoRA"
         return (
-            f"{self.chats.report()}\n{kind} of rank {self.args.r} on {len(self.layers)} layers, "
+            f"{self.chats.report()}\n{kind} of rank {self.args.rank} on {len(self.layers)} layers, "
             f"{trained:,} trained parameters beside {total:,} frozen ones, {mode(self)}"
         )
 
     def line(self) -> str:
-        nats = min_passes(self.scores)
+        nats = score_of(self.scores)
         line = f"step {self.step}: validation {nats:.4f} nats a response token"
         if self.softmask is not None:
             line += f" in two passes, {self.scores['val_nelbo_1pass']:.4f} in one"
@@ -295,22 +300,24 @@ class FineTuning(Run):
         return "\n".join(lines)
 
     def finish(self) -> None:
-        a = self.args
-        best = json.loads((Path(a.out) / "best.json").read_text())
-        print(f"the best adapter, of step {best['step']} ({min_passes(best):.4f}), is in {a.out}: ")
+        a, file = self.args, Path(self.args.out) / "best.json"
+        if not file.exists():
+            raise ValueError(f"--out {a.out}: no adapter in it: no validation was finite")
+        best = json.loads(file.read_text())
+        print(f"the best adapter, of step {best['step']} ({score_of(best):.4f}), is in {a.out}:")
         print(f"python sample.py --model {a.model} --adapter {a.out} --chat")
         if a.merge_to:
             merge(a.model, a.out, a.merge_to)
 
 
-def min_passes(scores: dict) -> float:
+def score_of(scores: dict) -> float:
     """The score that counts: soft-masked in two passes, else in one."""
     return scores.get("val_nelbo_2pass", scores["val_nelbo_1pass"])
 
 
 def read_best(file: Path) -> float:
     try:
-        return min_passes(json.loads(file.read_text()))
+        return score_of(json.loads(file.read_text()))
     except (OSError, ValueError, KeyError):
         return math.inf
 
@@ -335,47 +342,28 @@ def set_up(args: argparse.Namespace) -> FineTuning:
     stored = torch.bfloat16 if args.dtype == "auto" else dtype  # Dream's weights
     base = load_checkpoint(args.model, "--model", "cpu" if args.fsdp else device, stored)
     model = build_model(base, ema=True)
+    source = args.state and args.state["adapter"]
+    if args.adapter and not source:
+        source = read_adapter(args.adapter, "--adapter")
+        inherit(args, source)
     fill(args, model)
     share_batch(args, world.size)
     with world.first():
         chats = open_data(args, base["tokenizer"], isinstance(model, Dream), world.rank == 0)
 
-    source = args.state and args.state["adapter"]
-    if args.adapter and not source:
-        source = read_adapter(args.adapter, "--adapter")
-        for flag, name in (("r", "r"), ("alpha", "alpha")):
-            setattr(args, flag, source[name])
-        args.targets = ",".join(source["targets"])
-        args.dora = all("lora_magnitude_vector" in part for part in source["modules"].values())
     torch.manual_seed(args.seed)
-    names = dict(model.named_parameters())
-    layers = wrap(model, args.targets.split(","), args.r, args.alpha, args.lora_dropout, args.dora)
-    if source:
-        check_adapter(names, source, "--adapter")
-        if source["modules"].keys() != layers.keys():
-            raise ValueError(f"--adapter {args.adapter}: adapts other layers than {args.targets}")
-        for name, parts in source["modules"].items():
-            for part, tensor in layers[name].parts().items():
-                tensor.data.copy_(parts[part])
-    model.checkpoint_activations = args.checkpoint_activations
+    layers = adapt(args, model, source)
     trained = [p for layer in layers.values() for p in layer.parts().values()]
     if args.fsdp:
         shard(model, device, trained)
     model.to(device).train()
 
-    softmask, inherited = None, False
-    if args.sm:
-        known = args.state or (source if source and source["softmask"] else base)
-        softmask = build_softmask(known) if known["softmask"] else None
-        inherited = softmask is not None
-        if inherited and args.k not in (None, str(softmask.k or "V")):
-            raise ValueError(f"--k {args.k}: the network has soft masks of k {softmask.k or 'V'}")
-        if not inherited:
-            k = parse_k(args.k or ("1" if args.model == "dream-coder" else "3"), model.vocab_size)
-            softmask = SoftMask(k, args.omega_s)
-        softmask.to(device)
+    origins = [args.state] if args.state else [source, base]
+    known = next((build_softmask(one) for one in origins if one and one["softmask"]), None)
+    softmask = soft_mask(args, known, model.vocab_size)
     groups = [{"params": trained, "peak": args.lr}]
     if softmask is not None:
+        softmask.to(device)
         groups.append({"params": list(softmask.parameters()), "peak": args.lr_sm})
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.999), weight_decay=0.0, fused=True)
     objective = Objective(model, softmask, args.loss_average, in_step=args.fsdp)
@@ -386,15 +374,58 @@ def set_up(args: argparse.Namespace) -> FineTuning:
         args=args, world=world, device=device, dtype=dtype, model=model, softmask=softmask,
         objective=objective, optimizer=optimizer, g=generator(args.seed), warm=True,
         interval=(args.b_l, args.b_h), chats=chats, layers=layers, tokenizer=base["tokenizer"],
+        schedule=source["schedule"] if source else "none",
     )  # fmt: skip
     if args.state:
         if args.state["text"] != chats.meta["fingerprint"] and world.rank == 0:
             print("the conversations have changed since the run was stopped", file=sys.stderr)
         whole.restore(args.state)
         args.state = None
-    elif args.sm and not inherited:
+    elif args.sm and known is None:
         start_omegas(whole)
     return whole
+
+
+def adapt(args: argparse.Namespace, model: nn.Module, source: dict | None) -> dict[str, DoRALinear]:
+    """Wrap the targets and take over an adapter's values; ValueError where it does not fit."""
+    weights = dict(model.named_parameters())
+    targets = args.targets.split(",")
+    layers = wrap(model, targets, args.rank, args.alpha, args.lora_dropout, args.dora)
+    if source:
+        check_adapter(weights, source, "--adapter")
+        if source["modules"].keys() != layers.keys():
+            raise ValueError(f"--adapter {args.adapter}: adapts other layers than {args.targets}")
+        for name, parts in source["modules"].items():
+            for part, tensor in layers[name].parts().items():
+                tensor.data.copy_(parts[part])
+    model.checkpoint_activations = args.checkpoint_activations
+    return layers
+
+
+def soft_mask(args: argparse.Namespace, known: SoftMask | None, size: int) -> SoftMask | None:
+    """The soft mask of the run: one that is `known`, or a new one; ValueError for another k."""
+    if not args.sm:
+        return None
+    if known is None:
+        k = args.k or ("1" if args.model == "dream-coder" else "3")
+        return SoftMask(parse_k(k, size), args.omega_s)
+    if args.k not in (None, str(known.k or "V")):
+        raise ValueError(f"--k {args.k}: the network has soft masks of k {known.k or 'V'}")
+    return known
+
+
+def inherit(args: argparse.Namespace, adapter: dict) -> None:
+    """Fill what --adapter decides; ValueError where a flag says otherwise."""
+    found = {
+        "rank": adapter["r"],
+        "alpha": adapter["alpha"],
+        "targets": ",".join(adapter["targets"]),
+        "dora": any("lora_magnitude_vector" in parts for parts in adapter["modules"].values()),
+    }
+    for name, value in found.items():
+        if getattr(args, name) not in (None, value):
+            raise ValueError(f"{given(args, name)}: the adapter has {value}; drop the flag")
+        setattr(args, name, value)
 
 
 def distributed(objective: Objective) -> DistributedDataParallel:
@@ -413,7 +444,8 @@ def shard(model: nn.Module, device: torch.device, trained: list[nn.Parameter]) -
 
     mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
     for block in model.layers if isinstance(model, Dream) else model.blocks:
-        fully_shard(block, mesh=mesh, ignored_params=set(trained))
+        # Each block is a root of its own, which would else stay whole after a forward pass.
+        fully_shard(block, mesh=mesh, ignored_params=set(trained), reshard_after_forward=True)
 
 
 def open_data(args: argparse.Namespace, tokenizer: dict, dream: bool, speaks: bool) -> Chats:
@@ -445,27 +477,28 @@ def merge(model: str, adapter: str, folder: str) -> None:
     whole = build_model(state, ema=True)
     merge_adapter(whole, found)
     state |= {"softmask": found["softmask"], "schedule": found["schedule"]}
-    write_model(folder, "--merge-to", whole, state)
+    write_model(place, whole, state)
     print(f"{folder}: the merged model; python sample.py --model {folder}")
 
 
 # The command line
 
-FIXED = "sm k model adapter data r alpha targets dora seed global_batch max_length".split()
+FIXED = "sm k model adapter data rank alpha targets dora seed global_batch max_length".split()
 
 # Appendix A.2, and what a small network takes.
+ADAPTER = dict(rank=16, alpha=16.0, dora=True)
 DREAM = dict(
     steps=33_500, batch_size=1, global_batch=8, lr=1e-5, targets="q_proj,k_proj,v_proj,o_proj",
-    max_length=2048, eval_every=1000, save_every=500, checkpoint_activations=True,
+    eval_every=1000, save_every=500, checkpoint_activations=True, **ADAPTER,
 )  # fmt: skip
 SMALL = dict(
     steps=600, batch_size=16, lr=2e-3, targets="attn_qkv,attn_out", eval_every=100, save_every=100,
-    checkpoint_activations=False,
+    checkpoint_activations=False, **ADAPTER,
 )  # fmt: skip
 PRESETS = {
     "paper": dict(
-        lr_sm=1e-2, omega_s=1e-6, p_sm=0.5, b_l=0.2, b_h=0.8, clip=7.0, warmup_ratio=0.03, r=16,
-        alpha=16.0, train_examples=300_000, val_examples=500, **DREAM,
+        lr_sm=1e-2, omega_s=1e-6, p_sm=0.5, b_l=0.2, b_h=0.8, clip=7.0, warmup_ratio=0.03,
+        max_length=2048, train_examples=300_000, val_examples=500, **DREAM,
     )
 }  # fmt: skip
 
@@ -499,10 +532,10 @@ def parser() -> Parser:
     add("--max-bad", type=int, help="bad rows that are passed over; default: one in a hundred")
     add = group["network"]
     add("--targets", help="names of the layers that are adapted, with commas between")
-    add("--r", type=int, default=16, help="rank of the adapter")
-    add("--alpha", type=float, default=16.0, help="its scale is alpha / r")
+    add("--rank", type=int, help="r of the adapter; default: 16")
+    add("--alpha", type=float, help="its scale is alpha / r; default: 16")
     add("--lora-dropout", type=float, default=0.0)
-    add("--dora", action=on_off, default=True, help="with magnitudes; else plain LoRA")
+    add("--dora", action=on_off, default=None, help="with magnitudes (default); else plain LoRA")
     add("--warmup-ratio", type=float, default=0.03, help="share of the steps; then a cosine")
     group["machine"]("--fsdp", action="store_true",
         help="shard the frozen weights over the processes, for GPUs that cannot hold them")
@@ -530,7 +563,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     if preset:
         p.set_defaults(**PRESETS[preset])
     args = recall(p, argv, FIXED)
-    rules = [("r max_length train_examples val_examples", "at least 1", lambda v: v >= 1)]
+    rules = [("rank max_length train_examples val_examples", "at least 1", lambda v: v >= 1)]
     rules += [("lora_dropout", "from 0 to below 1", lambda v: 0 <= v < 1)]
     rules += [("warmup_ratio", "between 0 and 1", lambda v: 0 <= v <= 1)]
     rules += [("alpha", "above 0", lambda v: 0 < v < 1e9), ("max_bad", "from 0", lambda v: v >= 0)]
@@ -539,6 +572,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
     check(args, rules)
     if args.merge_to and (Path(args.merge_to) / "config.json").exists():
         raise ValueError(f"--merge-to {args.merge_to}: holds a model; name another folder")
+    out, again = Path(args.out), args.resume or args.overwrite
+    if (out / "adapter_config.json").exists() and not ((out / "best.json").exists() or again):
+        raise ValueError(f"--out {out}: holds an adapter; name another folder, or --overwrite it")
     return args
 
 

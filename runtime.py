@@ -249,14 +249,19 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 class Metrics:
-    """metrics.jsonl, written by rank 0; a resumed run drops what its checkpoint has not seen."""
+    """metrics.jsonl, written by rank 0; a resumed run drops what its checkpoint has not seen.
+
+    `validated`, known to rank 0: whether the validation of the step it starts at is there already.
+    """
 
     def __init__(self, path: Path, step: int, world: World):
-        self.path, self.file = path, None
+        self.path, self.file, self.validated = path, None, False
         if world.rank == 0:
             lines = path.read_text().splitlines() if step and path.exists() else []
+            lines = [line for line in lines if _step_of(line) <= step]
+            self.validated = any('"val_' in line and _step_of(line) == step for line in lines)
             with atomic_write(path, "w") as f:
-                f.writelines(line + "\n" for line in lines if _step_of(line) <= step)
+                f.writelines(line + "\n" for line in lines)
             self.file = open(path, "a", buffering=1)  # a line at a time
 
     def log(self, **entry) -> None:

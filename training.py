@@ -361,8 +361,8 @@ def refuse_to_overwrite(args: argparse.Namespace) -> None:
 def drive(r: Run, program: str) -> int:
     """Train to the end, or until a signal or a loss that is not finite; returns the exit status."""
     args, out = r.args, writable_folder(r.args.out, "--out")
-    if args.overwrite and r.world.rank == 0:
-        for name in r.files:
+    if not args.resume and r.world.rank == 0:
+        for name in r.files:  # of a run that is started over, or died before its first save
             (out / name).unlink(missing_ok=True)
     metrics = Metrics(out / "metrics.jsonl", r.step, r.world)
     if args.resume and r.world.rank == 0:
@@ -402,7 +402,8 @@ def _silent(*args, **kwargs) -> None:
 def loop(r: Run, out: Path, metrics: Metrics, stop: StopSignal, bar) -> int:
     """Train to the end, or until a signal, whose number is returned: the step is done and saved."""
     args = r.args
-    if r.warm and r.step == 0:
+    due = r.warm if r.step == 0 else r.step % args.eval_every == 0 or r.step == args.steps
+    if due and not r.world.reduce(metrics.validated, "MAX"):  # it was stopped before it could
         report(r, metrics, bar)
     clock, at = time.perf_counter(), r.tokens
     while r.step < args.steps:
@@ -430,12 +431,12 @@ def loop(r: Run, out: Path, metrics: Metrics, stop: StopSignal, bar) -> int:
             bar.set_postfix(loss=f"{loss:.3f}", **shown, **speed)
         if r.step % args.save_every == 0 or last:
             r.save(out)
-        if not signum and (r.step % args.eval_every == 0 or r.step == args.steps):
+        if signum and r.step < args.steps:
+            return signum
+        if r.step % args.eval_every == 0 or r.step == args.steps:
             report(r, metrics, bar)
         if r.step % args.log_every == 0:
             clock, at = time.perf_counter(), r.tokens
-        if signum and r.step < args.steps:
-            return signum
     return 0
 
 
@@ -539,7 +540,8 @@ def parse_k(text: str | None, size: int) -> int | None:
 def check(args: argparse.Namespace, more: list = ()) -> None:
     """ValueError that names the flag whose value cannot be: of the flags of every training, and of
     those that `more` (names, what is wanted, whether a value is it) lists."""
-    counts = "steps batch_size grad_accum eval_every eval_batches log_every save_every block_size"
+    counts = "steps batch_size grad_accum global_batch block_size"
+    counts += " eval_every eval_batches log_every save_every"
     rules = [(counts, "at least 1", lambda v: v >= 1)]
     rules += [("p_sm dropout decay ema", "between 0 and 1", lambda v: 0 <= v <= 1)]
     rules += [("omega_s", "between 0 and 1, both excluded", lambda v: 0 < v < 1)]

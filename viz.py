@@ -1,4 +1,4 @@
-"""Pictures of a decoding: its trace in a file, and as it happens in a terminal.
+"""Pictures: quality against speed; of a decoding its trace in a file, and as it happens.
 
 In the terminal (`sample.py --chat`, `--watch`) final tokens are plain, soft masks show their
 leading candidate, the paler the smaller lambda, plain masks are dots.
@@ -157,3 +157,38 @@ class TerminalView:
         if self.live:
             self.stream.write(text)
             self.stream.flush()
+
+
+# Pictures
+
+
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7")  # told apart by the colour-blind
+
+
+def plot_tradeoff(points: list[dict], quality: str, file: str) -> None:
+    """Quality against speed (figure 4): a dot each of `points`, {"series", "label", "speed" in
+    tokens a second, "quality", "error"}, a line through each series; SVG or PNG by the name."""
+    import matplotlib  # slow to import, and most runs draw nothing
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(6.4, 4.2), layout="constrained")
+    names = list(dict.fromkeys(point["series"] for point in points))
+    for name, colour, marker in zip(names, COLOURS, "os^D"):
+        own = sorted((p for p in points if p["series"] == name), key=lambda p: p["speed"])
+        x, y, error = ([p[key] for p in own] for key in ("speed", "quality", "error"))
+        axes.errorbar(x, y, error, color=colour, marker=marker, ms=5, capsize=2, label=name)
+        for point in own:
+            axes.annotate(
+                point["label"], (point["speed"], point["quality"]), color=colour, fontsize=7,
+                textcoords="offset points", xytext=(4, 5),
+            )  # fmt: skip
+    axes.set_xscale("log")
+    axes.set_xlabel("tokens a second")
+    axes.set_ylabel(quality)
+    axes.grid(alpha=0.3, which="both")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    figure.savefig(file, metadata={"Date": None} if file.endswith(".svg") else None)
+    pyplot.close(figure)

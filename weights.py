@@ -513,11 +513,10 @@ def hub_config(config: DiTConfig | DreamConfig) -> dict:
     }  # fmt: skip
 
 
-def write_model(folder: str, flag: str, model: DiT | Dream, state: dict) -> None:
+def write_model(place: Path, model: DiT | Dream, state: dict) -> None:
     """Write a network as a hub's folder that `load_checkpoint` opens: safetensors of at most SHARD
     bytes, Dream's tokenizer (a DiT's is in config.json) and the soft mask of `state`, config.json
     last, without which a folder is none. OSError where it cannot be written."""
-    place = Path(folder)
     if isinstance(model, Dream):
         tensors = {published_name(n): p.data for n, p in model.named_parameters()}
         source = Path(state["tokenizer"]["folder"])
@@ -603,6 +602,10 @@ def read_adapter(folder: str, flag: str) -> dict:
         if (place / SOFT_MASK).is_file():
             softmask, schedule = _read_softmask(place / SOFT_MASK)
         r, alpha = _rank_and_alpha(config)
+        for ours, parts in modules.items():
+            if not parts["lora_A"].shape[0] == parts["lora_B"].shape[1] == r:
+                shapes = tuple(parts["lora_A"].shape), tuple(parts["lora_B"].shape)
+                raise ValueError(f"its r is {r}, A and B of {ours} are {shapes[0]} and {shapes[1]}")
         targets = config.get("target_modules") or []
         return {
             "r": r, "alpha": alpha, "dropout": config.get("lora_dropout") or 0.0,
@@ -711,7 +714,8 @@ def adapted(w0: Tensor, parts: dict[str, Tensor], scaling: float) -> Tensor:
     a, b = (parts[name].to(w0.device) for name in ("lora_A", "lora_B"))
     w = w0.float() + scaling * (b @ a)
     if "lora_magnitude_vector" in parts:
-        w *= (parts["lora_magnitude_vector"].to(w0.device) / w.norm(dim=1))[:, None]
+        norm = w.norm(dim=1).clamp(min=1e-12)  # a row of zeros stays one
+        w *= (parts["lora_magnitude_vector"].to(w0.device) / norm)[:, None]
     return w.to(w0.dtype)
 
 
