@@ -182,11 +182,24 @@ def test_a_row_does_not_depend_on_its_batch_at_any_temperature(cache):
         Strategy("maskgit_plus", 1.0, 0.95), Strategy("entropy", alg_temp=0.7),
         Strategy("entropy", 1.0, threshold=0.3),
     ):  # fmt: skip
-        options = dict(block_length=5, cache=cache, stop=(3, 4))
+        options = dict(block_length=5, cache=cache, stop=tuple(range(14)))
         together, _ = respond(model, prompts, 13, 9, 0, soft(2), how, seeds=[7, 8, 9], **options)
         for i, prompt in enumerate(prompts):
             alone, _ = respond(model, [prompt], 13, 9, 0, soft(2), how, seeds=[7 + i], **options)
             assert alone[0] == together[i]
+
+
+@pytest.mark.parametrize("cache", sample.CACHES)
+def test_rows_with_given_tokens_finish_their_blocks_apart_and_as_alone(cache):
+    model = network("dit")
+    x = torch.full((3, 24), model.mask_id)
+    x[0, 1:6], x[1, 8:16], x[2, 20:23] = 2, 3, 4  # nothing to do in a block of the second
+    for how in (Strategy("entropy", alg_temp=0.7), Strategy("maskgit_plus", threshold=0.3)):
+        options = dict(block_length=8, cache=cache)
+        together, _ = generate(model, x, 15, soft(2), how, seeds=[4, 5, 6], **options)
+        for i in range(3):
+            alone, _ = generate(model, x[i : i + 1], 15, soft(2), how, seeds=[4 + i], **options)
+            assert torch.equal(alone[0], together[i])
 
 
 def test_a_cache_of_one_refresh_gives_the_states_of_a_whole_pass():

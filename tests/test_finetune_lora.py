@@ -427,6 +427,9 @@ def arguments(place, base, talk, tmp_path):
         ]
         if "--resume" in flags:
             return [*common[4:], *flags]
+        if "--adapter" in flags:  # whose rank it is
+            at = given.index("--rank")
+            given = given[:at] + given[at + 2 :]
         return [*given, "--model", str(model), *common, *flags]
 
     return build
@@ -693,9 +696,9 @@ def test_paper_preset_has_the_papers_numbers():
     args = vars(finetune_lora.parse(["--preset", "paper", "--model", "dream-coder"]))
     want = dict(
         steps=33_500, global_batch=8, lr=1e-5, lr_sm=1e-2, omega_s=1e-6, p_sm=0.5, b_l=0.2,
-        b_h=0.8, clip=7.0, warmup_ratio=0.03, r=16, alpha=16.0, max_length=2048, dora=True, sm=True,
+        b_h=0.8, clip=7.0, warmup_ratio=0.03, rank=16, alpha=16.0, max_length=2048, dora=True,
         targets="q_proj,k_proj,v_proj,o_proj", train_examples=300_000, val_examples=500,
-        loss_average="tokens", checkpoint_activations=True, lora_dropout=0.0,
+        loss_average="tokens", checkpoint_activations=True, lora_dropout=0.0, sm=True,
     )  # fmt: skip
     assert {name: args[name] for name in want} == want
 
