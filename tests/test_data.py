@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 import tokenizers
 import torch
-from published import write_tokenizer
 
 import data
 from runtime import generator
@@ -438,39 +437,9 @@ SPECIAL_IDS = {
 
 
 @pytest.fixture(scope="module")
-def small_folder(tmp_path_factory):
-    """vocab.json and merges.txt of 600 entries."""
-    folder = tmp_path_factory.mktemp("small")
-    write_tokenizer(folder)
-    return folder
-
-
-@pytest.fixture(scope="module", params=["small", "published"])
-def dream_folder(request, small_folder):
-    folder = small_folder if request.param == "small" else PUBLISHED / "qwen"
-    if not folder.exists():
-        pytest.skip(f"{folder} is absent: Qwen's vocabulary is no part of the project")
-    return folder
-
-
-@pytest.fixture(scope="module")
-def dream(dream_folder):
-    return data.dream_tokenizer(dream_folder)
-
-
-@pytest.fixture(scope="module")
-def small_dream(small_folder):
-    return data.dream_tokenizer(small_folder)
-
-
-@pytest.fixture(scope="module")
-def theirs(dream_folder):
-    """transformers' tokenizer, which finds special tokens in the text; see `as_text`."""
-    transformers = pytest.importorskip("transformers")
-    tokenizer = transformers.Qwen2TokenizerFast.from_pretrained(dream_folder)
-    special = [tokenizers.AddedToken(t, normalized=False, special=True) for t in data.DREAM_SPECIAL]
-    tokenizer.add_tokens(special)
-    return tokenizer.backend_tokenizer
+def theirs(theirs):
+    """Without transformers' own handling of special tokens; see `as_text`."""
+    return theirs.backend_tokenizer
 
 
 def as_text(theirs, texts):

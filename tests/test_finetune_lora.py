@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import randomise
+from conftest import Stopped, die_before, randomise, same
 from published import write_dream, write_tokenizer
 from test_weights import qwen2_of
 from torch import nn
@@ -722,17 +722,6 @@ def validations(folder):
     return [e for e in lines(folder) if "val_nelbo_1pass" in e]
 
 
-def same(a, b):
-    """Equal to the bit: nested dicts and lists of tensors and numbers."""
-    if isinstance(a, torch.Tensor):
-        return torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
-    if isinstance(a, (list, tuple)):
-        return len(a) == len(b) and all(same(x, y) for x, y in zip(a, b))
-    return a == b
-
-
 WRITTEN = (
     "adapter_config.json", "adapter_model.safetensors", "transparency_config.json", "best.json",
 )  # fmt: skip
@@ -745,22 +734,6 @@ def assert_same_run(a, b):
     assert lines(a) == lines(b)
     for name in WRITTEN:
         assert (a / name).read_bytes() == (b / name).read_bytes(), name
-
-
-class Stopped(Exception):
-    pass
-
-
-def die_before(monkeypatch, step):
-    """Let the process end as `step` begins."""
-    real = training.training_step
-
-    def training_step(r):
-        if r.step == step:
-            raise Stopped
-        return real(r)
-
-    monkeypatch.setattr(training, "training_step", training_step)
 
 
 def kept_network(model, folder):

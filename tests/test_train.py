@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import Stopped, die_before, same
 
 import train
 import training
@@ -53,17 +54,6 @@ def lines(folder):
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-def same(a, b):
-    """Equal to the bit: nested dicts and lists of tensors and numbers."""
-    if isinstance(a, torch.Tensor):
-        return torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
-    if isinstance(a, (list, tuple)):
-        return len(a) == len(b) and all(same(x, y) for x, y in zip(a, b))
-    return a == b
-
-
 TRAINED = ("model", "ema", "updates", "softmask", "optimizer", "step", "generator", "rng")
 
 
@@ -71,22 +61,6 @@ def assert_same_run(a, b):
     a, b = checkpoint(a), checkpoint(b)
     for key in TRAINED:
         assert same(a[key], b[key]), key
-
-
-class Stopped(Exception):
-    pass
-
-
-def stop_after(monkeypatch, step):
-    """Let the process "die" when `step` is complete, before anything is logged or saved."""
-    real = training.training_step
-
-    def training_step(r):
-        if r.step == step:
-            raise Stopped
-        return real(r)
-
-    monkeypatch.setattr(training, "training_step", training_step)
 
 
 # What a run leaves behind
@@ -201,7 +175,7 @@ def test_resume_at_an_odd_step_is_exact_to_the_bit(go, monkeypatch, flags):
     flags = (*flags, "--dropout", "0.1", "--grad-accum", "2")
     whole = go(*flags, out="whole")
     with monkeypatch.context() as m:
-        stop_after(m, 5)  # the last save was at step 3
+        die_before(m, 5)  # the last save was at step 3
         with pytest.raises(Stopped):
             go(*flags, out="parts")
     assert checkpoint(whole.parent / "parts")["step"] == 3
@@ -219,7 +193,7 @@ def test_resume_of_a_time_conditioned_bfloat16_run_is_exact(go, monkeypatch):
     flags = ("--sm", "--time-conditioning", "--dtype", "bfloat16")
     whole = go(*flags, out="whole")
     with monkeypatch.context() as m:
-        stop_after(m, 7)
+        die_before(m, 7)
         with pytest.raises(Stopped):
             go(*flags, out="parts")
     assert_same_run(whole, go("--resume", out="parts"))
@@ -418,7 +392,7 @@ def test_a_step_is_saved_before_it_is_validated(go, monkeypatch, tmp_path):
 
 def test_overwritten_run_cannot_be_taken_for_the_new_one(go, monkeypatch):
     folder = go("--sm")
-    stop_after(monkeypatch, 1)
+    die_before(monkeypatch, 1)
     with pytest.raises(Stopped):
         go("--overwrite")
     assert os.listdir(folder) == ["metrics.jsonl"]
