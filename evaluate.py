@@ -171,11 +171,19 @@ def tradeoff(args: argparse.Namespace) -> None:
     from the text's. A table and a picture."""
     device = pick_device(args.device)
     dtype = pick_dtype(args.dtype, device)
+    for name in ("num", "seeds", "batch_size"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: at least 1")
+    if min(args.blocks) < 1:
+        raise ValueError(f"--blocks {min(args.blocks)}: at least 1")
     points = []
-    head = f"{'network':12}{'block':>6}{'steps':>12}{'passes':>8}{'tokens/s':>10}"
+    head = f"{'network':12}{'block':>6}{'steps':>15}{'passes':>8}{'tokens/s':>10}"
     print(f"{head}{'3-grams, bits':>19}{'entropy':>9}", flush=True)
     cells = [(b, budget) for budget in args.budgets for b in args.blocks]
     cells += [(b, -threshold) for threshold in args.thresholds for b in args.blocks]
+    for budget in args.budgets:
+        if not 0 < budget <= 1:
+            raise ValueError(f"--budgets {budget:g}: above 0, at most 1")
     for place in args.ckpt:
         state = load_checkpoint(place, "CKPT")
         model = build_model(state, ema=True).to(device).eval()
@@ -205,17 +213,17 @@ def tradeoff(args: argparse.Namespace) -> None:
                 entropies.append(unigram_entropy(ids))
             seconds = time.perf_counter() - begin
             name, speed = Path(place).name, args.seeds * len(text) * (length - given) / seconds
-            label = f"p {-steps:g}" if steps < 0 else f"budget {steps:g}"
+            label = f"threshold {-steps:g}" if steps < 0 else f"budget {steps:g}"
             mean, error = statistics.mean(scores), statistics.pstdev(scores)
             print(
-                f"{name:12}{block:6}{label:>12}{statistics.mean(passes):8.1f}{speed:10.0f}"
+                f"{name:12}{block:6}{label:>15}{statistics.mean(passes):8.1f}{speed:10.0f}"
                 f"{mean:9.4f} +- {error:.4f}{statistics.mean(entropies):9.3f}",
                 flush=True,
             )
             point = dict(speed=speed, quality=mean, error=error, label=str(block))
-            points.append({"series": f"{name}, {label}", **point})
+            points.append({"network": name, "decoding": label, **point})
     if args.picture:
-        quality = "divergence of 3-grams from the text, bits (lower is better)"
+        quality = "3-gram divergence, bits (lower is better)"
         plot_tradeoff(points, quality, args.picture)
 
 

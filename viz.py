@@ -4,6 +4,7 @@ In the terminal (`sample.py --chat`, `--watch`) final tokens are plain, soft mas
 leading candidate, the paler the smaller lambda, plain masks are dots.
 """
 
+import itertools
 import json
 import os
 import shutil
@@ -166,29 +167,41 @@ COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7")  # told apart by the colo
 
 
 def plot_tradeoff(points: list[dict], quality: str, file: str) -> None:
-    """Quality against speed (figure 4): a dot each of `points`, {"series", "label", "speed" in
-    tokens a second, "quality", "error"}, a line through each series; SVG or PNG by the name."""
+    """Quality against speed (figure 4): a dot each of `points`, {"network", "decoding", "label",
+    "speed" in tokens a second, "quality", "error"}; a colour a network, a sign a way of decoding,
+    whose dots are joined. SVG or PNG by the name."""
     import matplotlib  # slow to import, and most runs draw nothing
 
     matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib import pyplot, ticker
 
-    figure, axes = pyplot.subplots(figsize=(6.4, 4.2), layout="constrained")
-    names = list(dict.fromkeys(point["series"] for point in points))
-    for name, colour, marker in zip(names, COLOURS, "os^D"):
-        own = sorted((p for p in points if p["series"] == name), key=lambda p: p["speed"])
-        x, y, error = ([p[key] for p in own] for key in ("speed", "quality", "error"))
-        axes.errorbar(x, y, error, color=colour, marker=marker, ms=5, capsize=2, label=name)
-        for point in own:
-            axes.annotate(
-                point["label"], (point["speed"], point["quality"]), color=colour, fontsize=7,
-                textcoords="offset points", xytext=(4, 5),
+    matplotlib.rcParams["svg.hashsalt"] = "same points, same file"
+    figure, axes = pyplot.subplots(figsize=(7.2, 4.6), layout="constrained")
+    networks, decodings = (
+        list(dict.fromkeys(point[key] for point in points)) for key in ("network", "decoding")
+    )
+    for network, colour in zip(networks, itertools.cycle(COLOURS)):
+        for decoding, marker in zip(decodings, itertools.cycle("os^Dvx")):
+            own = [p for p in points if (p["network"], p["decoding"]) == (network, decoding)]
+            own.sort(key=lambda p: p["speed"])
+            x, y, error = ([p[key] for p in own] for key in ("speed", "quality", "error"))
+            line = "-" if network == networks[0] else "--"
+            axes.errorbar(
+                x, y, error, color=colour, marker=marker, ms=5, ls=line, lw=1, capsize=2,
+                label=f"{network}, {decoding}",
             )  # fmt: skip
+            for point in own:
+                axes.annotate(
+                    point["label"], (point["speed"], point["quality"]), color=colour, fontsize=7,
+                    textcoords="offset points", xytext=(4, 4),
+                )  # fmt: skip
     axes.set_xscale("log")
+    for axis in (axes.xaxis.set_major_formatter, axes.xaxis.set_minor_formatter):
+        axis(ticker.FuncFormatter(lambda v, _: f"{v:g}"))
     axes.set_xlabel("tokens a second")
     axes.set_ylabel(quality)
     axes.grid(alpha=0.3, which="both")
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False)
+    axes.legend(frameon=False, fontsize=8)
     figure.savefig(file, metadata={"Date": None} if file.endswith(".svg") else None)
     pyplot.close(figure)

@@ -181,3 +181,40 @@ def test_samples_of_different_lengths_are_not_compared(run, tmp_path):
     flags = ["gen", str(tmp_path / "3"), str(tmp_path / "4"), "--ckpt", str(run)]
     with pytest.raises(ValueError, match="samples of 4 tokens beside those of 3"):
         evaluate.gen(evaluate.parser().parse_args([*flags, "--cache", str(run)]))
+
+
+# Quality against speed
+
+
+def test_tradeoff_tells_each_cell_and_draws_all_of_them(run, tmp_path, capsys):
+    picture = tmp_path / "tradeoff.svg"
+    flags = ["tradeoff", str(run), "--cache", str(run), "--num", "5", "--seeds", "2"]
+    flags += ["--blocks", "4", "16", "--budgets", "0.5", "--thresholds", "0.9"]
+    args = evaluate.parser().parse_args([*flags, "--picture", str(picture)])
+    args.main(args)
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()[1:]]
+    assert [(row[1], row[2]) for row in rows] == [
+        ("4", "budget"), ("16", "budget"), ("4", "threshold"), ("16", "threshold"),
+    ]  # fmt: skip
+    assert [float(row[4]) for row in rows[:2]] == [8, 8], "passes: half of 16 tokens"
+    assert 4 <= float(rows[2][4]) <= 16 and 1 <= float(rows[3][4]) <= 16
+    assert all(0 <= float(row[6]) <= 1 for row in rows)
+    assert picture.read_text().count("<use") >= 4
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["nothing-here"], "nothing-here: no such file"),
+        (["--thresholds", "1.5"], "--threshold 1.5"),
+        (["--blocks", "0"], "--blocks 0"),
+        (["--num", "0"], "--num 0"),
+    ],
+)
+def test_tradeoff_names_what_cannot_be(run, flags, message):
+    place = [] if flags[0] == "nothing-here" else [str(run)]
+    rest = ["--cache", str(run), "--num", "1", "--seeds", "1", "--budgets", "0.5"]
+    place, flags = (place, flags) if place else (flags, [])
+    args = evaluate.parser().parse_args(["tradeoff", *place, *rest, *flags])
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        args.main(args)
