@@ -11,6 +11,7 @@ answer, filter, tokenize once. A batch adds the end-of-text tokens that a model 
 import ast
 import hashlib
 import json
+import logging
 import os
 import re
 import shutil
@@ -268,6 +269,7 @@ def _hub_chats(name: str) -> Found:
             f"{name} is fetched by the package datasets: pip install datasets; or fetch its "
             "parquet files and name their folder"
         ) from None
+    logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)  # it tells of each retry
     repository, _, config = name.partition(":")
     try:
         splits = load_dataset(repository, config or None)

@@ -20,13 +20,14 @@ import statistics
 import textwrap
 import time
 import warnings
+from itertools import product
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from data import decode, open_corpus, token_bytes, vocab_size
-from runtime import Parser, pick_device, pick_dtype, run
+from runtime import Parser, pick_device, pick_dtype, run, writable_folder
 from sample import Strategy, generate, seed_of
 from train import EVAL_BATCH, bits_per_byte, in_batches
 from training import nelbo, perplexity
@@ -176,55 +177,65 @@ def tradeoff(args: argparse.Namespace) -> None:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: at least 1")
     if min(args.blocks) < 1:
         raise ValueError(f"--blocks {min(args.blocks)}: at least 1")
+    for share in (*args.budgets, *args.thresholds):
+        if not 0 < share <= 1:
+            raise ValueError(f"--budgets and --thresholds: {share:g} is not above 0, at most 1")
+    if args.picture:
+        writable_folder(Path(args.picture).parent, "--picture")
+    ways = [("budget", share) for share in args.budgets]
+    ways += [("threshold", share) for share in args.thresholds]
     points = []
-    head = f"{'network':12}{'block':>6}{'steps':>15}{'passes':>8}{'tokens/s':>10}"
-    print(f"{head}{'3-grams, bits':>19}{'entropy':>9}", flush=True)
-    cells = [(b, budget) for budget in args.budgets for b in args.blocks]
-    cells += [(b, -threshold) for threshold in args.thresholds for b in args.blocks]
-    for budget in args.budgets:
-        if not 0 < budget <= 1:
-            raise ValueError(f"--budgets {budget:g}: above 0, at most 1")
     for place in args.ckpt:
         state = load_checkpoint(place, "CKPT")
         model = build_model(state, ema=True).to(device).eval()
         softmask = build_softmask(state)
         softmask = softmask.to(device) if softmask is not None else None
         corpus = open_corpus(state["args"]["data"], state["tokenizer"], args.cache)
-        length = model.config.block_size
-        corpus.need("val", length)
-        text = corpus.blocks("val", length, args.num).to(device)
-        given = length // 2
-        start = text.index_fill(1, torch.arange(given, length, device=device), model.mask_id)
-        for block, steps in cells:
-            how = Strategy("entropy", 1.0, 0.9, threshold=-steps if steps < 0 else None)
-            nfe = max(1, round((length - given) * max(steps, 0)))
-            nfe = max(nfe, -(-(length - given) // block))  # a step a block at least
-            passes, scores, entropies, begin = [], [], [], time.perf_counter()
+        corpus.need("val", model.config.block_size)
+        text = corpus.blocks("val", model.config.block_size, args.num)
+        path = Path(place)
+        name = path.parent.name if path.suffix == ".pt" and path.parent.name else path.name
+        if not points:
+            head = f"{'network':12}{'block':>6}{'steps':>15}{'passes':>8}{'tokens/s':>10}"
+            print(f"{head}{'3-grams, bits':>19}{'entropy':>9}", flush=True)
+        for way, block in product(ways, args.blocks):
+            label, found = f"{way[0]} {way[1]:g}", []
             for seed in range(args.seeds):
-                parts = []
-                for i, x in enumerate(start.split(args.batch_size)):
-                    seeds = [seed_of(seed, i * args.batch_size + n) for n in range(len(x))]
-                    options = dict(seeds=seeds, dtype=dtype, block_length=block, cache="dual")
-                    x, done = generate(model, x, nfe, softmask, how, **options)
-                    parts.append(x[:, given:])
-                    passes.append(done.passes)
-                ids = torch.cat(parts).cpu().numpy()
-                scores.append(divergence(ids, text[:, given:].cpu().numpy(), 3, model.vocab_size))
-                entropies.append(unigram_entropy(ids))
-            seconds = time.perf_counter() - begin
-            name, speed = Path(place).name, args.seeds * len(text) * (length - given) / seconds
-            label = f"threshold {-steps:g}" if steps < 0 else f"budget {steps:g}"
-            mean, error = statistics.mean(scores), statistics.pstdev(scores)
+                found.append(complete(model, softmask, text, block, way, seed, args, dtype))
+            speed, passes, scores, entropy = zip(*found)
+            mean, spread = statistics.mean(scores), statistics.pstdev(scores)
             print(
-                f"{name:12}{block:6}{label:>15}{statistics.mean(passes):8.1f}{speed:10.0f}"
-                f"{mean:9.4f} +- {error:.4f}{statistics.mean(entropies):9.3f}",
+                f"{name:12}{block:6}{label:>15}{statistics.mean(passes):8.1f}"
+                f"{statistics.mean(speed):10.0f}{mean:9.4f} +- {spread:.4f}"
+                f"{statistics.mean(entropy):9.3f}",
                 flush=True,
             )
-            point = dict(speed=speed, quality=mean, error=error, label=str(block))
+            point = dict(speed=statistics.mean(speed), quality=mean, error=spread, label=str(block))
             points.append({"network": name, "decoding": label, **point})
     if args.picture:
-        quality = "3-gram divergence, bits (lower is better)"
-        plot_tradeoff(points, quality, args.picture)
+        plot_tradeoff(points, "3-gram divergence, bits (lower is better)", args.picture)
+
+
+def complete(model, softmask, text, block: int, way, seed: int, args, dtype) -> tuple:
+    """The second halves of blocks (n, L), decoded in blocks by a ("budget" | "threshold", share):
+    tokens a second, passes a batch, divergence from the text's halves, and entropy."""
+    device, length = model.embedding.device, text.shape[1]
+    given = length // 2
+    start = text.index_fill(1, torch.arange(given, length), model.mask_id).to(device)
+    how = Strategy("entropy", 1.0, 0.9, threshold=way[1] if way[0] == "threshold" else None)
+    nfe = round((length - given) * way[1])
+    nfe = max(nfe, -(-(length - given) // block))  # a step a block at least
+    parts, passes, begin = [], [], time.perf_counter()
+    for i, x in enumerate(start.split(args.batch_size)):
+        seeds = [seed_of(seed, i * args.batch_size + n) for n in range(len(x))]
+        options = dict(seeds=seeds, dtype=dtype, block_length=block, cache="dual")
+        x, done = generate(model, x, nfe, softmask, how, **options)
+        parts.append(x[:, given:])
+        passes.append(done.passes)
+    speed = len(text) * (length - given) / (time.perf_counter() - begin)
+    ids = torch.cat(parts).cpu().numpy()
+    score = divergence(ids, text[:, given:].numpy(), 3, model.vocab_size)
+    return speed, statistics.mean(passes), score, unigram_entropy(ids)
 
 
 def parser() -> Parser:

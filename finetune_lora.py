@@ -13,6 +13,7 @@ adapter of the best validation in PEFT's format, and `ckpt.pt`, from which --res
 import argparse
 import json
 import math
+import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -377,8 +378,11 @@ def set_up(args: argparse.Namespace) -> FineTuning:
         schedule=source["schedule"] if source else "none",
     )  # fmt: skip
     if args.state:
-        if args.state["text"] != chats.meta["fingerprint"] and world.rank == 0:
-            print("the conversations have changed since the run was stopped", file=sys.stderr)
+        if args.state["text"] != chats.meta["fingerprint"]:  # and what was best with them
+            raise ValueError(
+                "--resume: the conversations, or what is drawn of them, have changed since; put "
+                f"them back, or start a new run with --adapter {args.out}"
+            )
         whole.restore(args.state)
         args.state = None
     elif args.sm and known is None:
@@ -388,11 +392,11 @@ def set_up(args: argparse.Namespace) -> FineTuning:
 
 def adapt(args: argparse.Namespace, model: nn.Module, source: dict | None) -> dict[str, DoRALinear]:
     """Wrap the targets and take over an adapter's values; ValueError where it does not fit."""
-    weights = dict(model.named_parameters())
+    if source:
+        check_adapter(dict(model.named_parameters()), source, f"--adapter {args.adapter}")
     targets = args.targets.split(",")
     layers = wrap(model, targets, args.rank, args.alpha, args.lora_dropout, args.dora)
     if source:
-        check_adapter(weights, source, "--adapter")
         if source["modules"].keys() != layers.keys():
             raise ValueError(f"--adapter {args.adapter}: adapts other layers than {args.targets}")
         for name, parts in source["modules"].items():
@@ -467,11 +471,17 @@ def open_data(args: argparse.Namespace, tokenizer: dict, dream: bool, speaks: bo
         return open_chats(None, tokenizer, args.cache, **settings)
 
 
+def free_folder(folder: str) -> Path:
+    """The folder of --merge-to; ValueError where it holds a model, OSError where it cannot be."""
+    place = writable_folder(folder, "--merge-to")
+    if any(file.name == "config.json" or file.suffix == ".safetensors" for file in place.iterdir()):
+        raise ValueError(f"--merge-to {folder}: holds a model; name another folder")
+    return place
+
+
 def merge(model: str, adapter: str, folder: str) -> None:
     """Write the network with the adapter's W' in place of its weights, as a hub's folder."""
-    place = writable_folder(folder, "--merge-to")
-    if (place / "config.json").exists():
-        raise ValueError(f"--merge-to {folder}: holds a model; name another folder")
+    place = free_folder(folder)
     state = load_checkpoint(model, "--model")
     found = read_adapter(adapter, "--adapter")
     whole = build_model(state, ema=True)
@@ -483,7 +493,9 @@ def merge(model: str, adapter: str, folder: str) -> None:
 
 # The command line
 
-FIXED = "sm k model adapter data rank alpha targets dora seed global_batch max_length".split()
+FIXED = (
+    "sm k model adapter data rank alpha targets dora seed global_batch max_length b_l b_h"
+).split()
 
 # Appendix A.2, and what a small network takes.
 ADAPTER = dict(rank=16, alpha=16.0, dora=True)
@@ -521,7 +533,8 @@ def parser() -> Parser:
     add("--model", default="out/ckpt.pt",
         help="the network: a checkpoint, a folder, a hub id, dream or dream-coder")
     add("--adapter", help="start from this PEFT folder's adapter and omegas")
-    add("--merge-to", help="at the end write the merged model to this folder; --steps 0: only that")
+    add("--merge-to", help="at the end write the merged model to this folder; with --steps 0 and "
+        "--adapter only that")
     add = group["text"]
     add("--data", nargs="+", help="JSONL or parquet files of messages, folders, data sets of the "
         "hub, or stdlib; default: the Dream model's own, else the standard library's functions")
@@ -562,26 +575,28 @@ def parse(argv: list[str]) -> argparse.Namespace:
     preset = p.parse_args(argv).preset
     if preset:
         p.set_defaults(**PRESETS[preset])
-    args = recall(p, argv, FIXED)
+    args = recall(p, argv, FIXED, tuning=True)
     rules = [("rank max_length train_examples val_examples", "at least 1", lambda v: v >= 1)]
     rules += [("lora_dropout", "from 0 to below 1", lambda v: 0 <= v < 1)]
     rules += [("warmup_ratio", "between 0 and 1", lambda v: 0 <= v <= 1)]
     rules += [("alpha", "above 0", lambda v: 0 < v < 1e9), ("max_bad", "from 0", lambda v: v >= 0)]
-    if args.steps == 0 and args.adapter and args.merge_to:
+    if args.steps == 0:
+        if not (args.adapter and args.merge_to):
+            raise ValueError("--steps 0: merges; give --adapter and --merge-to")
         return args
     check(args, rules)
-    if args.merge_to and (Path(args.merge_to) / "config.json").exists():
-        raise ValueError(f"--merge-to {args.merge_to}: holds a model; name another folder")
-    out, again = Path(args.out), args.resume or args.overwrite
-    if (out / "adapter_config.json").exists() and not ((out / "best.json").exists() or again):
-        raise ValueError(f"--out {out}: holds an adapter; name another folder, or --overwrite it")
+    if args.merge_to and Path(args.merge_to).resolve() == Path(args.out).resolve():
+        raise ValueError(f"--merge-to {args.merge_to}: the same folder as --out")
     return args
 
 
 def main(args: argparse.Namespace) -> int:
+    first = os.environ.get("RANK", "0") == "0"
     if args.steps == 0:
-        return merge(args.model, args.adapter, args.merge_to)
-    refuse_to_overwrite(args)
+        return merge(args.model, args.adapter, args.merge_to) if first else None
+    refuse_to_overwrite(args, FineTuning.files)
+    if args.merge_to and first:
+        free_folder(args.merge_to)
     return drive(set_up(args), "finetune_lora.py")
 
 

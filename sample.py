@@ -22,7 +22,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import partial
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -270,21 +270,25 @@ def plan(start: Tensor, nfe: int, how: Strategy, length: int | None, cache: str)
     if length is not None and length < 1:
         raise ValueError(f"--block-length {length}: at least 1")
     most = int(start.sum(1).max()) if how.name in ORDERS else MOST_STEPS
-    if not 1 <= nfe <= most:
-        raise ValueError(f"--nfe {nfe}: 1 to {most} steps for {how.name}")
     if not blockwise:
+        if not 1 <= nfe <= most:
+            raise ValueError(f"--nfe {nfe}: 1 to {most} steps for {how.name}")
         return [Block(0, start.shape[1], how.times(nfe))]
-    columns = start.any(0).nonzero()[:, 0]
-    first, last = int(columns[0]), int(columns[-1]) + 1
-    edges = [*range(first, last, length or last), last]
+    columns = start.any(0)
+    first, last = (int(columns.nonzero()[i, 0]) for i in (0, -1))
+    edges = [*range(first, last + 1, length or len(columns)), last + 1]
+    parts = [(a, b) for a, b in pairwise(edges) if columns[a:b].any()]  # not where all is given
     if how.threshold is not None:
-        return [Block(a, b, how.times(b - a)) for a, b in pairwise(edges)]
-    free = nfe - (len(edges) - 1)  # steps beyond the one that each block takes at least
-    if free < 0:
-        raise ValueError(f"--nfe {nfe}: each of {len(edges) - 1} blocks takes a step or more")
-    ends = [free * (edge - first) // (last - first) for edge in edges]
+        return [Block(a, b, how.times(b - a)) for a, b in parts]
+    free = nfe - len(parts)  # steps beyond the one that each block takes at least
+    if free < 0 or nfe > max(most, len(parts)):
+        raise ValueError(
+            f"--nfe {nfe}: {len(parts)} to {max(most, len(parts))} steps for {len(parts)} blocks"
+        )
+    widths = list(accumulate((b - a for a, b in parts), initial=0))
+    ends = [free * width // widths[-1] for width in widths]
     shares = [1 + b - a for a, b in pairwise(ends)]
-    return [Block(a, b, how.times(n)) for (a, b), n in zip(pairwise(edges), shares)]
+    return [Block(a, b, how.times(n)) for (a, b), n in zip(parts, shares)]
 
 
 @dataclass
@@ -562,8 +566,7 @@ def _by_confidence(model, hidden, masked, how, softmask, generators, attend, t, 
         opens = masked & (best | (score >= how.threshold))
         return opens, torch.cat(tokens)[opens[masked]], join(seen) if seen else None
     if how.alg_temp > 0:  # Gumbel's top n: n draws without replacement from the softmax
-        real = masked.any(1, keepdim=True).expand_as(masked)  # a row that is done draws nothing
-        u = _noise(generators, masked, real if attend is None else real & attend).to(score.device)
+        u = _noise(generators, masked, attend).to(score.device)
         score = score.double() / how.alg_temp - torch.log(-torch.log(u))
         score = score.masked_fill(~masked, -math.inf)
     share = 1 - torch.tensor(s) / torch.tensor(t)  # in float32, as published
@@ -704,6 +707,8 @@ def steps_of(args: argparse.Namespace, masks: int) -> int:
 
 def check(args: argparse.Namespace) -> None:
     """ValueError for flags that do not go together, before anything is loaded."""
+    if args.chat and (args.prompt or args.num > 1):
+        raise ValueError("--chat: without --prompt and --num")
     if args.prompt and args.infill:
         raise ValueError(
             "--prompt and --infill: one of them; a text to infill may begin as you like"
@@ -753,8 +758,9 @@ def converse(args, model, tokenizer, softmask, dtype) -> int:
         raise ValueError("--infill, --out, --trace, --length: not for a Dream model or a --chat")
     most = min(256, model.config.block_size // 2)
     new_tokens = most if args.new_tokens is None else args.new_tokens
-    if new_tokens < 1:
-        raise ValueError(f"--new-tokens {new_tokens}: at least 1")
+    if not 1 <= new_tokens < model.config.block_size:
+        most = model.config.block_size - 1
+        raise ValueError(f"--new-tokens {new_tokens}: 1 to {most} for this network")
     nfe = steps_of(args, new_tokens)
     how = strategy_of(args, new_tokens, nfe, answers=True)
     eos = tokenizer.eot_token
@@ -817,7 +823,8 @@ def chat(answer_to: Callable[[list[dict], int], str], seed: int) -> int:
             continue
         except ValueError as error:  # a message that does not fit: the next may
             messages.pop()
-            print(f"sample.py: {error}", file=sys.stderr)
+            hint = "an empty line starts the conversation over"
+            print(f"sample.py: {error}; {hint}", file=sys.stderr)
             continue
         print(text, flush=True)
         messages.append({"role": "assistant", "content": text})

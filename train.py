@@ -290,7 +290,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
         if args.init:
             numbers = {n: v for n, v in numbers.items() if n not in ("config", "tokenizer")}
         p.set_defaults(**numbers)
-    args = recall(p, argv, FIXED)
+    args = recall(p, argv, FIXED, tuning=False)
     if args.init and not args.resume:
         if args.config or args.sm_start:
             flag = given(args, "config" if args.config else "sm_start")
@@ -307,7 +307,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 
 def main(args: argparse.Namespace) -> int:
-    refuse_to_overwrite(args)
+    refuse_to_overwrite(args, Pretraining.files)
     return drive(set_up(args), "train.py")
 
 

@@ -349,13 +349,21 @@ def perplexity(nats: float) -> float:
 # The loop
 
 
-def refuse_to_overwrite(args: argparse.Namespace) -> None:
-    """ValueError where --out holds a run, and nothing says what is to become of it."""
-    if (Path(args.out) / "ckpt.pt").exists() and not (args.resume or args.overwrite):
-        raise ValueError(
-            f"--out {args.out}: holds a run; go on with it by --resume, start it over by "
-            "--overwrite, or choose another folder"
-        )
+def refuse_to_overwrite(args: argparse.Namespace, files: tuple[str, ...]) -> None:
+    """ValueError where --out holds one of a run's files, and nothing says what is to become of it;
+    but torchrun may start a job again that died before its first save."""
+    if args.resume or args.overwrite or _restarts():
+        return
+    for name in files:
+        if (Path(args.out) / name).exists():
+            raise ValueError(
+                f"--out {args.out}: holds a run ({name}); go on with it by --resume, start it over "
+                "by --overwrite, or choose another folder"
+            )
+
+
+def _restarts() -> int:
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
 
 
 def drive(r: Run, program: str) -> int:
@@ -464,7 +472,7 @@ def shared_flags(p: Parser) -> dict[str, Callable]:
     add("--p-sm", type=float, default=0.8, help="share of sequences with a first pass")
     add("--omega-s", type=float, default=1e-2, help="start of omega_s")
     add("--b-l", type=float, default=0.1, help="times are drawn from [b_l, b_h]")
-    add("--b-h", type=float, default=B_H)
+    add("--b-h", type=float, default=B_H, help="1 is all masked")
     add = group["run"]
     add("--out", default="out", help="folder of the run")
     add("--resume", action="store_true", help="go on with the run in --out")
@@ -472,7 +480,7 @@ def shared_flags(p: Parser) -> dict[str, Callable]:
     add("--seed", type=int, default=1)
     group["text"]("--cache", default="corpora", help="folder of tokenized texts")
     add = group["optimiser"]
-    add("--steps", type=int, default=1800)
+    add("--steps", type=int, default=1800, help="updates of the weights")
     add("--batch-size", type=int, default=16, help="sequences of a process's backward pass")
     add("--grad-accum", type=int, default=1, help="backward passes of a step")
     add("--global-batch", type=int,
@@ -493,20 +501,23 @@ def shared_flags(p: Parser) -> dict[str, Callable]:
     return group
 
 
-def recall(p: Parser, argv: list[str], fixed: list[str]) -> argparse.Namespace:
+def recall(p: Parser, argv: list[str], fixed: list[str], tuning: bool) -> argparse.Namespace:
     """The arguments, and in `state` the checkpoint of the run that --resume goes on with: its
-    arguments are the defaults, and ValueError where a flag would change one of the `fixed`."""
+    arguments are the defaults, and ValueError where a flag would change one of the `fixed`, or
+    where it is no fine-tuning (`tuning`), or one."""
     args = p.parse_args(argv)
     args.state = None
-    restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
-    if restarts and (Path(args.out) / "ckpt.pt").is_file():
+    if _restarts() and (Path(args.out) / "ckpt.pt").is_file():
         argv = [a for a in argv if a != "--overwrite"]  # torchrun started the same command again
         args.resume = True
     if not args.resume:
         return args
     if not (Path(args.out) / "ckpt.pt").is_file():
         raise ValueError(f"--resume: no run in --out {args.out}; start one without --resume")
-    state = load_checkpoint(args.out, "--resume --out")
+    state = load_checkpoint(args.out, "--resume --out", tuning=True)
+    if ("adapter" in state) != tuning:
+        other = "train.py" if tuning else "finetune_lora.py"
+        raise ValueError(f"--resume: --out {args.out} holds a run of {other}; go on with that")
     p.set_defaults(**state["args"])
     args = p.parse_args([*argv, "--resume"])
     args.state = state
@@ -519,12 +530,15 @@ def recall(p: Parser, argv: list[str], fixed: list[str]) -> argparse.Namespace:
 
 def given(args: argparse.Namespace, name: str) -> str:
     """A flag and its value, as a person would write them."""
-    return f"--{name.replace('_', '-')} {getattr(args, name)}"
+    flag, value = name.replace("_", "-"), getattr(args, name)
+    if isinstance(value, bool):
+        return f"--{flag}" if value else f"--no-{flag}"
+    return f"--{flag} {' '.join(value) if isinstance(value, list) else value}"
 
 
 def saved_args(args: argparse.Namespace) -> dict:
     """What a checkpoint keeps of the arguments: all but those of this one call."""
-    of_the_call = ("state", "resume", "overwrite", "out")
+    of_the_call = ("state", "resume", "overwrite", "out", "merge_to")
     return {name: value for name, value in vars(args).items() if name not in of_the_call}
 
 

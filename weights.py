@@ -72,13 +72,18 @@ def save_omegas(folder: Path, step: int, softmask: SoftMask | None) -> None:
 
 
 def load_checkpoint(
-    path: str, flag: str, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
+    path: str,
+    flag: str,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = None,
+    tuning: bool = False,
 ) -> dict:
     """Read any form above into the dictionary of `save_checkpoint`; published forms fill `config`,
     `model`, `ema` (None on the hub), `softmask`, `tokenizer` and `args`.
 
     Dream's weights are mapped, not read, or go straight to `device`, in `dtype` (None: as they
-    are, float16 in bfloat16); `device` and `dtype` do not matter to the others.
+    are, float16 in bfloat16); `device` and `dtype` do not matter to the others. With `tuning` the
+    state of a fine-tuning will do, which has an adapter in place of the weights.
     FileNotFoundError, or ValueError where a file is damaged or another's; both name `flag`.
     """
     place = Path(path)
@@ -104,6 +109,11 @@ def load_checkpoint(
             missing = KEYS - state.keys()
             if missing:
                 raise ValueError(f"it lacks {sorted(missing)[0]}")
+            if "adapter" in state and not tuning:
+                raise ValueError(
+                    "the state of a fine-tuning; name its base, and this folder by --adapter, or "
+                    "merge them: finetune_lora.py --steps 0 --adapter --merge-to"
+                )
             return torch.load(place, map_location="cpu", weights_only=True)
         return _from_lightning(state)
     except DAMAGE as error:
@@ -467,8 +477,6 @@ def _state(
 def build_model(state: dict, ema: bool, **changes) -> DiT | Dream:
     """The network of a checkpoint with its EMA weights where asked for and there, or its raw ones;
     `changes` replace config entries. ValueError where the parts do not belong together."""
-    if "adapter" in state:
-        raise ValueError("the state of a fine-tuning: name its base, and its folder by --adapter")
     try:
         config = state["config"] | changes
         if "n_kv_heads" in config:
@@ -590,9 +598,13 @@ def read_adapter(folder: str, flag: str) -> dict:
                     raise ValueError(f"its {key} is no part of a LoRA or DoRA")
                 ours = dream_name(module.removeprefix("base_model.model.") + ".weight")
                 tensor = f.get_tensor(key).float()
+                if not tensor.isfinite().all():
+                    raise ValueError(f"its {key} holds NaN or infinity")
                 if tensor.dim() != (1 if kind == "lora_magnitude_vector" else 2):
                     raise ValueError(f"its {key} has the shape {tuple(tensor.shape)}")
                 modules.setdefault(ours, {})[kind] = tensor
+        if not modules:
+            raise ValueError("its adapter_model.safetensors holds no tensors")
         for ours, parts in modules.items():
             needed = {"lora_A", "lora_B"}
             needed |= {"lora_magnitude_vector"} if config.get("use_dora") else set()
@@ -697,7 +709,7 @@ def check_adapter(weights: dict[str, Tensor], adapter: dict, flag: str) -> None:
     """ValueError that names an adapter's first module that does not fit the base's weights."""
     for name, parts in adapter["modules"].items():
         if name not in weights:
-            raise ValueError(f"{flag}: it adapts {name}, which the network does not have")
+            raise ValueError(f"{flag}: for another base: no {name} in this network")
         w0, a, b = weights[name], parts["lora_A"], parts["lora_B"]
         magnitude = parts.get("lora_magnitude_vector", b[:, 0])
         fits = (b.shape[0], a.shape[1]) == w0.shape and a.shape[0] == b.shape[1]

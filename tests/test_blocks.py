@@ -193,7 +193,7 @@ def test_a_row_does_not_depend_on_its_batch_at_any_temperature(cache):
 def test_rows_with_given_tokens_finish_their_blocks_apart_and_as_alone(cache):
     model = network("dit")
     x = torch.full((3, 24), model.mask_id)
-    x[0, 1:6], x[1, 8:16], x[2, 20:23] = 2, 3, 4  # nothing to do in a block of the second
+    x[0, 1:6], x[1, 8:14], x[2, 20:23] = 2, 3, 4
     for how in (Strategy("entropy", alg_temp=0.7), Strategy("maskgit_plus", threshold=0.3)):
         options = dict(block_length=8, cache=cache)
         together, _ = generate(model, x, 15, soft(2), how, seeds=[4, 5, 6], **options)
@@ -267,6 +267,18 @@ def test_blocks_cover_the_response_and_share_the_steps(length, block):
         assert not full or max(full) - min(full) <= 1
 
 
+def test_blocks_without_a_mask_take_no_step():
+    start = torch.zeros(1, 64, dtype=torch.bool)
+    start[0, [2, 50]] = True
+    blocks = plan(start, 2, Strategy("entropy"), 8, "dual")
+    assert [(b.first, b.last, len(b.times) - 1) for b in blocks] == [(2, 10, 1), (50, 51, 1)]
+    model = network("dit")
+    x = torch.full((2, 40), 3)
+    x[0, 3], x[1, 35] = model.mask_id, model.mask_id  # one mask a row, each in a block of its own
+    y, done = generate(model, x, 2, soft(1), Strategy("entropy"), block_length=8, cache="prefix")
+    assert done.passes == 2 and (y != model.mask_id).all()
+
+
 def test_a_threshold_gives_a_block_as_many_steps_as_it_may_take():
     how = Strategy("entropy", threshold=0.9)
     steps = [len(b.times) - 1 for b in plan(masks(10), 1, how, 4, "dual")]
@@ -284,7 +296,7 @@ def test_a_threshold_gives_a_block_as_many_steps_as_it_may_take():
         ({"name": "origin"}, {"cache": "prefix"}, "not for origin"),
         ({"name": "entropy"}, {"block_length": 0}, "--block-length 0"),
         ({"name": "entropy"}, {"cache": "both"}, "--cache both: choose none, prefix, dual"),
-        ({"name": "entropy"}, {"block_length": 2}, "--nfe 3: each of 8 blocks takes a step"),
+        ({"name": "entropy"}, {"block_length": 2}, "--nfe 3: 8 to 16 steps for 8 blocks"),
     ],
 )
 def test_what_cannot_be_is_refused(strategy, options, message):

@@ -206,7 +206,8 @@ def test_tradeoff_tells_each_cell_and_draws_all_of_them(run, tmp_path, capsys):
     ("flags", "message"),
     [
         (["nothing-here"], "nothing-here: no such file"),
-        (["--thresholds", "1.5"], "--threshold 1.5"),
+        (["--thresholds", "1.5"], "1.5 is not above 0"),
+        (["--budgets", "nan"], "nan is not above 0"),
         (["--blocks", "0"], "--blocks 0"),
         (["--num", "0"], "--num 0"),
     ],

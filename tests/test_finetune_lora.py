@@ -883,7 +883,9 @@ def test_a_run_does_not_take_over_the_best_of_another_that_died(go, tmp_path, ta
     (tmp_path / "tuned").mkdir()
     dead = {"step": 0, "val_nelbo_1pass": 0.001, "val_nelbo_2pass": 0.001}
     (tmp_path / "tuned" / "best.json").write_text(json.dumps(dead))
-    folder = go()  # there is no ckpt.pt, so nothing holds it back
+    with pytest.raises(ValueError, match=r"holds a run \(best\.json\).*--overwrite"):
+        go()
+    folder = go("--overwrite")
     best = json.loads((folder / "best.json").read_text())
     assert best["val_nelbo_2pass"] == min(e["val_nelbo_2pass"] for e in validations(folder))
     assert (folder / "adapter_config.json").exists()
@@ -1244,3 +1246,68 @@ def test_a_run_is_not_overwritten_and_keeps_what_it_cannot_change(arguments, go,
     assert (folder / "adapter_model.safetensors").read_bytes() != before[
         "adapter_model.safetensors"
     ]
+
+
+# What is somebody's stays
+
+
+def test_an_adapter_is_not_overwritten_unless_asked(go, tmp_path):
+    folder = go("--steps", "2")
+    (folder / "ckpt.pt").unlink()  # to save room
+    before = (folder / "adapter_model.safetensors").read_bytes()
+    with pytest.raises(ValueError, match="holds a run"):
+        go("--steps", "2", "--lr", "0.1")
+    assert (folder / "adapter_model.safetensors").read_bytes() == before
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign" / "adapter_model.safetensors").write_bytes(b"mine")
+    with pytest.raises(ValueError, match="adapter_model.safetensors"):
+        go("--steps", "2", out="foreign")
+    assert os.listdir(tmp_path / "foreign") == ["adapter_model.safetensors"]
+
+
+def test_a_resumed_run_refuses_other_conversations(go, talk, tmp_path):
+    mine = tmp_path / "mine.jsonl"
+    mine.write_bytes(talk.read_bytes())
+    folder = go("--steps", "4", "--data", str(mine))
+    with pytest.raises(ValueError, match="conversations, or what is drawn of them, have changed"):
+        go("--resume", "--steps", "6", "--val-examples", "3")
+    mine.write_bytes(talk.read_bytes() + talk.read_bytes())
+    with pytest.raises(ValueError, match=r"have changed.*--adapter"):
+        go("--resume", "--steps", "6")
+    assert state_of(folder)["step"] == 4
+
+
+def test_runs_of_the_two_programs_are_told_apart(go, base, tmp_path):
+    folder = go("--steps", "1")
+    with pytest.raises(ValueError, match="holds a run of finetune_lora.py"):
+        train.parse(["--resume", "--out", str(folder)])
+    with pytest.raises(ValueError, match="holds a run of train.py"):
+        finetune_lora.parse(["--resume", "--out", str(base)])
+    with pytest.raises(ValueError, match=r"--init .*the state of a fine-tuning.*--merge-to"):
+        train.main(train.parse(["--init", str(folder), "--out", str(tmp_path / "new")]))
+
+
+def test_an_empty_or_endless_adapter_is_refused(go, base):
+    from safetensors.torch import load_file, save_file
+
+    folder = go("--steps", "1")
+    file = folder / "adapter_model.safetensors"
+    tensors = load_file(file)
+    for broken, message in (
+        ({}, "holds no tensors"),
+        ({k: v * math.nan for k, v in tensors.items()}, "holds NaN or infinity"),
+    ):
+        save_file(broken, file)
+        with pytest.raises(ValueError, match=message):
+            weights.read_adapter(str(folder), "--adapter")
+
+
+def test_what_cannot_be_merged_is_told_before_the_training(go, tmp_path):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "model.safetensors").write_bytes(b"mine")
+    for place, message in (("model", "holds a model"), ("tuned", "the same folder as --out")):
+        with pytest.raises(ValueError, match=message):
+            go("--merge-to", str(tmp_path / place))
+    with pytest.raises(ValueError, match="--steps 0: merges; give --adapter and --merge-to"):
+        finetune_lora.parse(["--steps", "0", "--merge-to", str(tmp_path / "x")])
+    assert sorted(os.listdir(tmp_path)) == ["model"]

@@ -551,7 +551,7 @@ def test_an_adapter_for_another_base_is_named_by_its_first_misfit(adapter, dream
     folder, _ = adapter
     read = weights.read_adapter(str(folder), "--adapter")
     for sizes, message in (
-        ({"n_layers": 1}, "layers.1.k_proj.weight, which the network does not have"),
+        ({"n_layers": 1}, "no layers.1.k_proj.weight in this network"),
         ({"width": 32, "n_heads": 2}, "another base"),
     ):
         other = Dream(DreamConfig(**{**DREAM_SIZES["dream-tiny"], **sizes}))
