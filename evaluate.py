@@ -1,15 +1,15 @@
-"""Evaluation.
+"""Evaluation; for the benchmarks see `tasks.py`.
 
-    python evaluate.py ppl --ckpt out/ckpt.pt                   # the held-out part of its corpus
-    python evaluate.py ppl --ckpt out/ckpt.pt --data book.txt --passes 1
+    python evaluate.py ppl --ckpt out/ckpt.pt --data book.txt   # without --data its held-out text
     python evaluate.py gen --ckpt out/ckpt.pt samples.jsonl     # what sample.py --out wrote
     python evaluate.py tradeoff binary sm --picture figure.svg  # quality against speed
+    python evaluate.py gsm8k --data gsm8k_test.jsonl --completions completions.jsonl
 
 `ppl`: the NELBO, an upper bound on the negative log-likelihood (section 2.1), in nats a token, as
 perplexity and as bits per byte, with EMA weights. A soft-masked model takes two passes.
 
 `gen`: how far samples are from held-out text, as the Jensen-Shannon divergence of their n-grams,
-which neither repetition nor dull text makes small, and their unigram entropy. `tradeoff`: the same
+which neither repetition nor dull text makes small, and their unigram entropy; `tradeoff`: that
 beside the tokens a second of blockwise decoding.
 """
 
@@ -17,6 +17,7 @@ import argparse
 import ast
 import json
 import statistics
+import sys
 import textwrap
 import time
 import warnings
@@ -26,8 +27,18 @@ from pathlib import Path
 import numpy as np
 import torch
 
+import sandbox
+import tasks
 from data import decode, open_corpus, token_bytes, vocab_size
-from runtime import Parser, pick_device, pick_dtype, run, writable_folder
+from runtime import (
+    Parser,
+    atomic_write,
+    pick_device,
+    pick_dtype,
+    progress,
+    run,
+    writable_folder,
+)
 from sample import Strategy, generate, seed_of
 from train import EVAL_BATCH, bits_per_byte, in_batches
 from training import nelbo, perplexity
@@ -238,6 +249,68 @@ def complete(model, softmask, text, block: int, way, seed: int, args, dtype) -> 
     return speed, statistics.mean(passes), score, unigram_entropy(ids)
 
 
+def score(args: argparse.Namespace) -> None:
+    """pass@1 and pass@k of a file of completions: programs are run, other answers compared."""
+    problems = tasks.read_problems(args.task, args.data, args.full_tests)
+    found = tasks.read_completions(args.completions, problems)
+    without = [problem.task_id for problem in problems if problem.task_id not in found]
+    if without and not args.partial:
+        raise ValueError(
+            f"{args.completions}: {len(without)} of {len(problems)} problems have no completion, "
+            f"the first {without[0]!r}; add them, or score the others with --partial"
+        )
+    fewest = min(map(len, found.values()))
+    if not 1 <= args.k <= fewest:
+        raise ValueError(f"--k {args.k}: 1 to the {fewest} completions that each problem has")
+    for name in ("json", "save"):
+        if getattr(args, name):
+            writable_folder(Path(getattr(args, name)).parent, f"--{name}")
+    rows = [(p, text) for p in problems for text in found.get(p.task_id, [])]
+    if problems[0].tests:
+        results = run_code(rows, args)
+    else:
+        results = []
+        for problem, text in progress(rows, desc="answers"):
+            answer = tasks.extracted(args.task, text)
+            results.append({"passed": tasks.is_right(args.task, problem, text), "answer": answer})
+    right = {task_id: [] for task_id in found}
+    for (problem, _), result in zip(rows, results, strict=True):
+        right[problem.task_id].append(result["passed"])
+    scores = {
+        f"pass@{k}": statistics.mean(tasks.pass_at_k(len(r), sum(r), k) for r in right.values())
+        for k in sorted({1, args.k})
+    }
+    if args.save:
+        with atomic_write(args.save, "w") as f:
+            for (problem, text), result in zip(rows, results, strict=True):
+                asked = {"prompt": problem.user, "begins": problem.begins, "completion": text}
+                f.write(json.dumps({"task_id": problem.task_id, **asked, **result}) + "\n")
+    if args.json:
+        with atomic_write(args.json, "w") as f:
+            json.dump({"task": args.task, "problems": len(right), **scores}, f)
+    title = tasks.TASKS[args.task].title
+    shown = ", ".join(f"{name} {value:.4f}" for name, value in scores.items())
+    print(f"{title}: {shown} of {len(right)} problems, {len(rows)} completions")
+
+
+def run_code(rows: list, args: argparse.Namespace) -> list[dict]:
+    """Run the programs of (problem, completion) pairs: a dictionary of what came of each."""
+    if not args.allow_code_execution:
+        raise ValueError(
+            f"{args.task} runs generated programs (python sandbox.py tells what guards this "
+            "machine from them); to have them run, give --allow-code-execution"
+        )
+    missing = [name for name, held in sandbox.protections().items() if not held]
+    if missing:
+        print(f"sandbox: not to be had here: {', '.join(missing)}", file=sys.stderr)
+    programs = [tasks.program(problem, text) for problem, text in rows]
+    verdicts = sandbox.run_programs(programs, timeout=args.timeout)
+    return [
+        {"program": program, **verdict._asdict()}
+        for (program, _), verdict in zip(programs, verdicts, strict=True)
+    ]
+
+
 def parser() -> Parser:
     p = Parser(description="Evaluate a model.")
     commands = p.add_subparsers(required=True, metavar="what")
@@ -277,6 +350,20 @@ def parser() -> Parser:
     c.add_argument("--cache", default="corpora", help="folder of tokenized corpora")
     c.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
     c.add_argument("--dtype", default="auto", help="auto, float32 or bfloat16")
+    for task, about in tasks.TASKS.items():
+        c = commands.add_parser(task, help=f"score completions of {about.title}")
+        c.set_defaults(main=score, task=task)
+        c.add_argument("--data", required=True, help="its problems, JSONL or JSONL.gz")
+        c.add_argument("--completions", required=True, help='JSONL of "task_id" and "completion"')
+        c.add_argument("--k", type=int, default=1, help="pass@k, beside pass@1")
+        c.add_argument("--partial", action="store_true", help="leave out problems without any")
+        c.add_argument(
+            "--full-tests", action="store_true", help="of MBPP+: its `test`, not the list"
+        )
+        c.add_argument("--allow-code-execution", action="store_true", help="run the programs")
+        c.add_argument("--timeout", type=float, default=3.0, help="seconds of a program")
+        c.add_argument("--json", help="write the scores to this file")
+        c.add_argument("--save", help="write every answer and its verdict to this JSONL file")
     return p
 
 

@@ -219,3 +219,70 @@ def test_tradeoff_names_what_cannot_be(run, flags, message):
     args = evaluate.parser().parse_args(["tradeoff", *place, *rest, *flags])
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         args.main(args)
+
+
+# Benchmarks
+
+
+@pytest.fixture
+def problems(tmp_path):
+    """Two problems in HumanEval's form, and right completions of both."""
+    rows = [
+        {
+            "task_id": f"HumanEval/{i}",
+            "prompt": f'def add{i}(a):\n    """Add {i}."""\n',
+            "entry_point": f"add{i}",
+            "canonical_solution": f"    return a + {i}\n",
+            "test": f"def check(f):\n    assert f(3) == {3 + i}\n",
+        }
+        for i in (1, 2)
+    ]
+    file = tmp_path / "problems.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file, [(row["task_id"], row["canonical_solution"]) for row in rows]
+
+
+def score(tmp_path, problems, completions, *flags):
+    file = tmp_path / "completions.jsonl"
+    lines = [json.dumps({"task_id": i, "completion": text}) + "\n" for i, text in completions]
+    file.write_text("".join(lines))
+    flags = ["humaneval", "--data", str(problems), "--completions", str(file), *flags]
+    args = evaluate.parser().parse_args(flags)
+    args.main(args)
+
+
+def test_completions_are_run_and_their_verdicts_saved(tmp_path, problems, capsys):
+    file, right = problems
+    wrong = [(right[0][0], "    return a\n"), (right[1][0], "")]
+    saved, scores = tmp_path / "verdicts.jsonl", tmp_path / "scores.json"
+    flags = ["--allow-code-execution", "--k", "2", "--save", str(saved), "--json", str(scores)]
+    score(tmp_path, file, right + wrong, *flags)
+    assert "pass@1 0.5000, pass@2 1.0000 of 2 problems, 4" in capsys.readouterr().out
+    assert json.loads(scores.read_text())["pass@2"] == 1
+    verdicts = [json.loads(line) for line in saved.read_text().splitlines()]
+    assert [v["passed"] for v in verdicts] == [True, False, True, False]
+    assert "AssertionError" in verdicts[1]["error"] and "return a" in verdicts[1]["program"]
+
+
+@pytest.mark.parametrize(
+    ("completions", "flags", "message"),
+    [
+        (slice(0, 2), [], "have them run, give --allow-code-execution"),
+        (
+            slice(0, 1),
+            ["--allow-code-execution"],
+            "1 of 2 problems have no completion.*HumanEval/2",
+        ),
+        (slice(0, 2), ["--k", "2"], "--k 2: 1 to the 1 completions"),
+    ],
+)
+def test_what_cannot_be_scored_is_named(tmp_path, problems, completions, flags, message):
+    file, right = problems
+    with pytest.raises(ValueError, match=message):
+        score(tmp_path, file, right[completions], *flags)
+
+
+def test_a_part_of_the_problems_is_scored_when_asked(tmp_path, problems, capsys):
+    file, right = problems
+    score(tmp_path, file, right[:1], "--allow-code-execution", "--partial")
+    assert "pass@1 1.0000 of 1 problems" in capsys.readouterr().out
