@@ -134,6 +134,16 @@ def test_mixed_prompts_decode_as_each_in_the_slow_loop(kind, cache, order, thres
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("cache", sample.CACHES)
+def test_a_response_that_is_no_multiple_of_the_block_ends_with_a_shorter_one(cache):
+    model, how = network("dream"), Strategy("entropy", 0.0, threshold=0.4)
+    prompts = prompts_of(model, (3, 6))
+    answers, _ = respond(model, prompts, 14, 1, 0, soft(2), how, block_length=4, cache=cache)
+    for prompt, answer in zip(prompts, answers):
+        assert answer == slow(model, prompt, 14, 1, 4, cache, "entropy", soft(2), 0.4)[0]
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("kind", ["dit", "dream"])
 def test_stale_keys_matter(kind):
     """Were the caches refreshed in each pass, this would compare nothing."""
