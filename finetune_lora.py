@@ -61,6 +61,7 @@ from training import (
     perplexity,
     recall,
     refuse_to_overwrite,
+    score_of,
     share_batch,
     shared_flags,
     start_omegas,
@@ -309,11 +310,6 @@ class FineTuning(Run):
         print(f"python sample.py --model {a.model} --adapter {a.out} --chat")
         if a.merge_to:
             merge(a.model, a.out, a.merge_to)
-
-
-def score_of(scores: dict) -> float:
-    """The score that counts: soft-masked in two passes, else in one."""
-    return scores.get("val_nelbo_2pass", scores["val_nelbo_1pass"])
 
 
 def read_best(file: Path) -> float:

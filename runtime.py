@@ -11,7 +11,6 @@ import hashlib
 import json
 import math
 import os
-import resource
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -111,13 +110,18 @@ def progress(iterable=None, **kwargs) -> tqdm:
 
 
 def memory(device: torch.device, reset: bool = False) -> int:
-    """Bytes: the memory held now, starting a new peak (`reset`), or the peak since then."""
+    """Bytes: the memory held now, starting a new peak (`reset`), or the peak since then; 0
+    where the system does not tell."""
     if device.type == "cuda":
         if reset:
             torch.cuda.reset_peak_memory_stats()
             return torch.cuda.memory_allocated()
         return torch.cuda.max_memory_allocated()
     if not Path("/proc/self/status").exists():  # a system that knows no more than the whole peak
+        try:
+            import resource  # not on every system
+        except ImportError:
+            return 0
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return peak if sys.platform == "darwin" else peak * 1024
     if reset:

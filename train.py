@@ -43,6 +43,7 @@ from training import (
     perplexity,
     recall,
     refuse_to_overwrite,
+    score_of,
     share_batch,
     shared_flags,
     start_omegas,
@@ -106,7 +107,7 @@ class Pretraining(Run):
         return "\n".join(lines)
 
     def line(self) -> str:
-        nats = self.scores.get("val_nelbo_2pass", self.scores["val_nelbo_1pass"])
+        nats = score_of(self.scores)
         line = (
             f"step {self.step}: validation {nats:.4f} nats a token, perplexity "
             f"{perplexity(nats):.2f}, {self.bits_per_byte(nats):.4f} bits per byte"

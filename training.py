@@ -341,6 +341,11 @@ def nelbo(
     return mean, math.sqrt(spread / (n * (n - 1))) if n > 1 else math.nan
 
 
+def score_of(scores: dict) -> float:
+    """The score that counts: soft-masked in two passes, else in one."""
+    return scores.get("val_nelbo_2pass", scores["val_nelbo_1pass"])
+
+
 def perplexity(nats: float) -> float:
     """exp of a NELBO in nats a token."""
     return math.exp(nats) if nats < 700 else math.inf
