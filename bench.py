@@ -30,6 +30,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 import finetune_lora
+from decoding import CACHES, Strategy, generate
 from model import DREAM_SIZES, SIZES, DiT, DiTConfig, Dream, DreamConfig
 from runtime import (
     DTYPES,
@@ -42,7 +43,6 @@ from runtime import (
     progress,
     run,
 )
-from sample import CACHES, Strategy, generate
 from softmask import SoftMask, antithetic_times, diffusion_loss, soft_sequences
 from tests import reference
 from weights import build_model, hub_config, load_checkpoint, published_name

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from data import Corpus, decode, default_tokenizer, open_corpus, token_bytes, vocab_size
+from decoding import Strategy, generate
 from model import SIZES, DiT, DiTConfig
 from runtime import (
     Parser,
@@ -26,7 +27,6 @@ from runtime import (
     pick_dtype,
     run,
 )
-from sample import Strategy, generate
 from softmask import SoftMask
 from training import (
     EMA,

@@ -9,6 +9,7 @@ import torch
 from published import write_tokenizer
 
 import data
+import train
 import training
 from model import DiT, DiTConfig
 
@@ -109,3 +110,16 @@ def theirs(dream_folder):
     special = [tokenizers.AddedToken(t, normalized=False, special=True) for t in data.DREAM_SPECIAL]
     tokenizer.add_tokens(special)
     return tokenizer
+
+
+@pytest.fixture(scope="session")
+def run(tmp_path_factory):
+    """The folder of a soft-masked training run of four steps on bytes."""
+    folder = tmp_path_factory.mktemp("run")
+    (folder / "text.txt").write_text("".join(f"item {i}: some words. " for i in range(2000)))
+    flags = (
+        "--sm --config nano --tokenizer bytes --steps 4 --batch-size 2 --eval-batches 99".split()
+    )
+    places = ["--data", str(folder / "text.txt"), "--cache", str(folder), "--out", str(folder)]
+    train.main(train.parse([*flags, *places, "--dtype", "float32", "--sm-start", "1"]))
+    return folder

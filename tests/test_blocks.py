@@ -7,9 +7,9 @@ import pytest
 import torch
 from conftest import randomise
 
-import sample
+import decoding
+from decoding import Block, Strategy, generate, plan, respond
 from model import Cache, DiT, DiTConfig, Dream, DreamConfig
-from sample import Block, Strategy, generate, plan, respond
 from softmask import SoftMask
 
 V = 23
@@ -134,7 +134,7 @@ def test_mixed_prompts_decode_as_each_in_the_slow_loop(kind, cache, order, thres
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("cache", sample.CACHES)
+@pytest.mark.parametrize("cache", decoding.CACHES)
 def test_a_response_that_is_no_multiple_of_the_block_ends_with_a_shorter_one(cache):
     model, how = network("dream"), Strategy("entropy", 0.0, threshold=0.4)
     prompts = prompts_of(model, (3, 6))
@@ -150,7 +150,7 @@ def test_stale_keys_matter(kind):
     model, how = network(kind), Strategy("entropy", temperature=0.0)
     x = torch.tensor([prompts_of(model, (6,))[0] + [model.mask_id] * 24])
     hidden = {}
-    for cache in sample.CACHES:
+    for cache in decoding.CACHES:
         trace = []
         generate(model, x, 24, soft(3), how, cache=cache, block_length=12, trace=trace.append)
         hidden[cache] = [entry["soft"] for entry in trace]
@@ -161,7 +161,7 @@ def test_stale_keys_matter(kind):
 # What is the same without caches
 
 
-@pytest.mark.parametrize("order", sample.ORDERS)
+@pytest.mark.parametrize("order", decoding.ORDERS)
 @pytest.mark.parametrize("k", [None, 1, 3])
 @pytest.mark.parametrize("kind", ["dit", "dream"])
 def test_one_block_without_a_cache_is_the_plain_decoder(kind, k, order):
@@ -173,7 +173,7 @@ def test_one_block_without_a_cache_is_the_plain_decoder(kind, k, order):
         assert plain == blocks and a.trace == b.trace and a.passes == b.passes
 
 
-@pytest.mark.parametrize("cache", sample.CACHES)
+@pytest.mark.parametrize("cache", decoding.CACHES)
 @pytest.mark.parametrize("kind", ["dit", "dream"])
 def test_a_pass_a_block_needs_no_cache(kind, cache):
     """A cache that is refreshed in every pass is no cache: one step a block."""
@@ -184,7 +184,7 @@ def test_a_pass_a_block_needs_no_cache(kind, cache):
     assert found == want and done.passes == 4
 
 
-@pytest.mark.parametrize("cache", sample.CACHES)
+@pytest.mark.parametrize("cache", decoding.CACHES)
 def test_a_row_does_not_depend_on_its_batch_at_any_temperature(cache):
     model = network("dream")
     prompts = prompts_of(model, (5, 9, 1))
@@ -199,7 +199,7 @@ def test_a_row_does_not_depend_on_its_batch_at_any_temperature(cache):
             assert alone[0] == together[i]
 
 
-@pytest.mark.parametrize("cache", sample.CACHES)
+@pytest.mark.parametrize("cache", decoding.CACHES)
 def test_rows_with_given_tokens_finish_their_blocks_apart_and_as_alone(cache):
     model = network("dit")
     x = torch.full((3, 24), model.mask_id)
@@ -246,7 +246,7 @@ def test_given_tokens_inside_the_response_stay():
     model = network("dit")
     x = torch.full((2, 24), model.mask_id)
     x[0, 5:9], x[1, 20:] = 3, 4
-    for cache in sample.CACHES:
+    for cache in decoding.CACHES:
         y, _ = generate(model, x, 12, soft(1), Strategy("entropy"), block_length=6, cache=cache)
         assert (y[x != model.mask_id] == x[x != model.mask_id]).all() and (y != V - 1).all()
 
