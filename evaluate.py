@@ -21,10 +21,10 @@ from pathlib import Path
 
 import torch
 
+import quality
 import sandbox
 import tasks
 from data import open_corpus, token_bytes
-from quality import gen, tradeoff
 from runtime import (
     Parser,
     atomic_write,
@@ -145,9 +145,7 @@ def run_code(rows: list, args: argparse.Namespace) -> list[dict]:
     ]
 
 
-def parser() -> Parser:
-    p = Parser(description="Evaluate a model.")
-    commands = p.add_subparsers(required=True, metavar="what")
+def ppl_command(commands) -> None:
     c = commands.add_parser(
         "ppl",
         help="NELBO, perplexity and bits per byte",
@@ -165,25 +163,13 @@ def parser() -> Parser:
     c.add_argument("--cache", default="corpora", help="folder of tokenized corpora")
     c.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
     c.add_argument("--dtype", default="auto", help="auto, float32 or bfloat16")
-    c = commands.add_parser("gen", help="samples beside held-out text")
-    c.set_defaults(main=gen)
-    c.add_argument("samples", nargs="+", help="files of sample.py --out")
-    c.add_argument("--ckpt", default="out/ckpt.pt", help="whose tokenizer and corpus to take")
-    c.add_argument("--data", help="text, JSONL or folder; default: the corpus of the checkpoint")
-    c.add_argument("--cache", default="corpora", help="folder of tokenized corpora")
-    c = commands.add_parser("tradeoff", help="quality against speed of blockwise decoding")
-    c.set_defaults(main=tradeoff)
-    c.add_argument("ckpt", nargs="+", help="trained networks of train.py")
-    c.add_argument("--blocks", type=int, nargs="+", default=[8, 16, 32, 64])
-    c.add_argument("--budgets", type=float, nargs="*", default=[0.25, 0.5], help="steps / tokens")
-    c.add_argument("--thresholds", type=float, nargs="*", default=[0.9, 0.3])
-    c.add_argument("--num", type=int, default=150, help="held-out blocks")
-    c.add_argument("--seeds", type=int, default=3)
-    c.add_argument("--batch-size", type=int, default=50)
-    c.add_argument("--picture", help="draw it to this SVG or PNG file")
-    c.add_argument("--cache", default="corpora", help="folder of tokenized corpora")
-    c.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
-    c.add_argument("--dtype", default="auto", help="auto, float32 or bfloat16")
+
+
+def parser() -> Parser:
+    p = Parser(description="Evaluate a model.")
+    commands = p.add_subparsers(required=True, metavar="what")
+    ppl_command(commands)
+    quality.add_commands(commands)
     for task, about in tasks.TASKS.items():
         c = commands.add_parser(task, help=f"score completions of {about.title}")
         c.set_defaults(main=score, task=task)

@@ -181,3 +181,26 @@ def complete(model, softmask, text, block: int, way, seed: int, args, dtype) -> 
     ids = torch.cat(parts).cpu().numpy()
     score = divergence(ids, text[:, given:].numpy(), 3, model.vocab_size)
     return speed, statistics.mean(passes), score, unigram_entropy(ids)
+
+
+def add_commands(commands) -> None:
+    """The commands of evaluate.py that are here, and their flags."""
+    c = commands.add_parser("gen", help="samples beside held-out text")
+    c.set_defaults(main=gen)
+    c.add_argument("samples", nargs="+", help="files of sample.py --out")
+    c.add_argument("--ckpt", default="out/ckpt.pt", help="whose tokenizer and corpus to take")
+    c.add_argument("--data", help="text, JSONL or folder; default: the corpus of the checkpoint")
+    c.add_argument("--cache", default="corpora", help="folder of tokenized corpora")
+    c = commands.add_parser("tradeoff", help="quality against speed of blockwise decoding")
+    c.set_defaults(main=tradeoff)
+    c.add_argument("ckpt", nargs="+", help="trained networks of train.py")
+    c.add_argument("--blocks", type=int, nargs="+", default=[8, 16, 32, 64])
+    c.add_argument("--budgets", type=float, nargs="*", default=[0.25, 0.5], help="steps / tokens")
+    c.add_argument("--thresholds", type=float, nargs="*", default=[0.9, 0.3])
+    c.add_argument("--num", type=int, default=150, help="held-out blocks")
+    c.add_argument("--seeds", type=int, default=3)
+    c.add_argument("--batch-size", type=int, default=50)
+    c.add_argument("--picture", help="draw it to this SVG or PNG file")
+    c.add_argument("--cache", default="corpora", help="folder of tokenized corpora")
+    c.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
+    c.add_argument("--dtype", default="auto", help="auto, float32 or bfloat16")

@@ -286,13 +286,13 @@ def _step_of(line: str) -> float:
 class Samples:
     """The samples of a run: kept, or appended to a JSONL file that a later run goes on with.
 
-    A line is {"index", "run", "text", "ids"}; `run` is a hash of all that decides the samples.
+    A line is {"index", "run", ...}; `run` is a hash of all that decides the samples.
     """
 
-    def __init__(self, path: str | None, settings: list, world: World):
+    def __init__(self, path: str | Path | None, settings: list, world: World = ALONE):
         self.path, self.world = path and Path(path).resolve(), world
         self.run = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:12]
-        self.texts, self.done = [], 0
+        self.kept, self.done = [], 0
         if not self.path or not self.path.exists():
             return
         if not self.path.is_file():
@@ -320,16 +320,23 @@ class Samples:
         except (ValueError, KeyError, TypeError, RecursionError):
             return None
 
-    def add(self, texts: list[str], ids: list[list[int]]) -> None:
-        """The samples of all processes, in the order of their ranks."""
-        for part in self.world.gather(list(zip(texts, ids, strict=True))):
+    def fill(self, total: int, batch_size: int, make: Callable[[range], list[dict]]) -> None:
+        """Up to `total` samples: make(numbers) gives a batch's entries; the processes of a job take
+        batches in turns."""
+        while self.done < total:
+            first = min(self.done + self.world.rank * batch_size, total)
+            here = range(first, min(first + batch_size, total))
+            self._add(make(here) if here else [])
+
+    def _add(self, entries: list[dict]) -> None:
+        """The entries of all processes, in the order of their ranks."""
+        for part in self.world.gather(entries):
             lines = []
-            for text, one in part:
-                entry = {"index": self.done, "run": self.run, "text": text, "ids": one}
-                lines.append(json.dumps(entry) + "\n")
+            for entry in part:
+                lines.append(json.dumps({"index": self.done, "run": self.run, **entry}) + "\n")
                 self.done += 1
             if self.path is None:
-                self.texts += [text for text, _ in part]
+                self.kept += part
             elif self.world.rank == 0 and lines:
                 try:
                     with open(self.path, "a") as f:

@@ -19,7 +19,9 @@ from collections.abc import Callable
 from fractions import Fraction
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
+import tiktoken
 import torch
 
 from chat import answer, chat_ids, system_line
@@ -35,7 +37,7 @@ from decoding import (
     respond,
     seed_of,
 )
-from model import Dream
+from model import DiT, Dream
 from runtime import (
     Parser,
     Samples,
@@ -103,9 +105,6 @@ def softmask_of(args: argparse.Namespace, state: dict) -> SoftMask | None:
         softmask.set_omegas(*omegas)
     elif args.k is not None:
         raise ValueError(f"--k {args.k}: with --omegas; a checkpoint has its own")
-    if softmask is None and (schedule_of(args).kind != "none" or args.reuse_unchanged):
-        why = "--no-sm is given" if args.no_sm else f"{args.ckpt} is a binary model"
-        raise ValueError(f"--sm-schedule, --reuse-unchanged: for soft-masking, but {why}")
     return softmask
 
 
@@ -118,10 +117,6 @@ def read_omegas(text: str, k: str | None) -> tuple[list[float], int | None]:
         names = ["omega_s", "omega_a", "omega_b"] + (["tau"] if found["k"] is None else [])
         return [float(found[name]) for name in names], found["k"]
     return [float(v) for v in text.split(",")], None if k == "V" else int(k or 3)
-
-
-def schedule_of(args: argparse.Namespace) -> Schedule:
-    return Schedule(args.sm_schedule or "none", args.sm_order, args.sm_switch, args.sm_by_masks)
 
 
 def steps_of(args: argparse.Namespace, masks: int) -> int:
@@ -158,10 +153,35 @@ def check(args: argparse.Namespace) -> None:
         raise ValueError(f"--sm-switch {args.sm_switch}: between 0 and 1")
 
 
-def main(args: argparse.Namespace) -> int:
+class Writer(NamedTuple):
+    """A network that writes, with all that the flags say of it."""
+
+    model: DiT | Dream
+    tokenizer: tiktoken.Encoding
+    softmask: SoftMask | None
+    system: str | None  # the system line of its conversations
+    options: dict  # of `generate`
+
+    @property
+    def settings(self) -> list:
+        """What decides its samples, beside the strategy, the seeds and the text to start from."""
+        digest = hashlib.blake2b()
+        for p in self.model.parameters():
+            digest.update(p.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+        soft = self.softmask and [self.softmask.k, self.softmask.omegas()]
+        return [digest.hexdigest(), soft, repr(self.options)]
+
+    def respond(self, prompts: list[list[int]], new_tokens: int, nfe: int, how: Strategy, **more):
+        """See `decoding.respond`."""
+        eos = self.tokenizer.eot_token
+        options = self.options | more
+        return respond(self.model, prompts, new_tokens, nfe, eos, self.softmask, how, **options)
+
+
+def load(args: argparse.Namespace) -> Writer:
+    """The network of the flags: --ckpt, --adapter, soft-masking, machine."""
     device = pick_device(args.device)
     dtype = pick_dtype(args.dtype, device)
-    check(args)
     stored = torch.bfloat16 if args.dtype == "auto" else dtype  # Dream's weights
     state = load_checkpoint(args.ckpt, "--ckpt", device, stored)
     tokenizer = load_tokenizer(state["tokenizer"])
@@ -170,50 +190,59 @@ def main(args: argparse.Namespace) -> int:
         adapter = read_adapter(args.adapter, "--adapter")
         merge_adapter(model, adapter)
         state |= {"softmask": adapter["softmask"], "schedule": adapter["schedule"]}
-    if state.get("schedule", "none") != "none" and args.sm_schedule is None:
-        args.sm_schedule, args.sm_by_masks = state["schedule"], True
+    kind, by_masks = args.sm_schedule or "none", args.sm_by_masks
+    if args.sm_schedule is None and state.get("schedule", "none") != "none":
+        kind, by_masks = state["schedule"], True
+    schedule = Schedule(kind, args.sm_order, args.sm_switch, by_masks)
     softmask = softmask_of(args, state)
-    softmask = softmask.to(device) if softmask is not None else None
-    dream = isinstance(model, Dream)
-    if dream and args.system is None:
-        args.system = system_line(state["tokenizer"]["folder"])
-    if dream or args.chat:
-        return converse(args, model, tokenizer, softmask, dtype)
-    if args.new_tokens or args.system or args.stop_early:
-        raise ValueError("--new-tokens, --system, --stop-early: for a Dream model, or with --chat")
-    return write_samples(args, model, tokenizer, softmask, dtype)
-
-
-def converse(args, model, tokenizer, softmask, dtype) -> int:
-    """Answers to --prompt or in a --chat."""
-    if args.infill or args.out or args.trace or args.length:
-        raise ValueError("--infill, --out, --trace, --length: not for a Dream model or a --chat")
-    most = min(256, model.config.block_size // 2)
-    new_tokens = most if args.new_tokens is None else args.new_tokens
-    if not 1 <= new_tokens < model.config.block_size:
-        most = model.config.block_size - 1
-        raise ValueError(f"--new-tokens {new_tokens}: 1 to {most} for this network")
-    nfe = steps_of(args, new_tokens)
-    how = strategy_of(args, new_tokens, nfe, answers=True)
+    if softmask is None and (kind != "none" or args.reuse_unchanged):
+        why = "--no-sm is given" if args.no_sm else f"{args.ckpt} is a binary model"
+        raise ValueError(f"--sm-schedule, --reuse-unchanged: for soft-masking, but {why}")
+    system = args.system
+    if isinstance(model, Dream) and system is None:
+        system = system_line(state["tokenizer"]["folder"])
     eos = tokenizer.eot_token
     ends = (eos, tokenizer._special_tokens.get(TURN_ENDS, eos))
     options = dict(
-        dtype=dtype, schedule=schedule_of(args), block_length=args.block_length, cache=args.cache,
-        reuse_unchanged=args.reuse_unchanged, stop=ends if args.stop_early else (),
+        dtype=dtype, schedule=schedule, reuse_unchanged=args.reuse_unchanged,
+        block_length=args.block_length, cache=args.cache, stop=ends if args.stop_early else (),
     )  # fmt: skip
+    softmask = softmask.to(device) if softmask is not None else None
+    return Writer(model, tokenizer, softmask, system, options)
+
+
+def main(args: argparse.Namespace) -> int:
+    check(args)
+    writer = load(args)
+    if isinstance(writer.model, Dream) or args.chat:
+        return converse(args, writer)
+    if args.new_tokens or args.system or args.stop_early:
+        raise ValueError("--new-tokens, --system, --stop-early: for a Dream model, or with --chat")
+    return write_samples(args, writer)
+
+
+def converse(args: argparse.Namespace, writer: Writer) -> int:
+    """Answers to --prompt or in a --chat."""
+    if args.infill or args.out or args.trace or args.length:
+        raise ValueError("--infill, --out, --trace, --length: not for a Dream model or a --chat")
+    model, tokenizer, limit = writer.model, writer.tokenizer, writer.model.config.block_size
+    new_tokens = min(256, limit // 2) if args.new_tokens is None else args.new_tokens
+    if not 1 <= new_tokens < limit:
+        raise ValueError(f"--new-tokens {new_tokens}: 1 to {limit - 1} for this network")
+    nfe = steps_of(args, new_tokens)
+    how = strategy_of(args, new_tokens, nfe, answers=True)
     kept = 0
 
     def answer_to(messages: list[dict], seed: int) -> str:
-        prompt = chat_ids(tokenizer, messages, args.system)
+        prompt = chat_ids(tokenizer, messages, writer.system)
         start = prompt + [model.mask_id] * new_tokens
         with TerminalView(
             lambda ids: answer(tokenizer, ids), start, model.mask_id, len(prompt)
         ) as view:
             watch = view.update if view.live and (args.chat or args.watch) else False
-            answers, done = respond(
-                model, [prompt], new_tokens, nfe, eos, softmask, how, seeds=[seed], trace=watch,
-                **options,
-            )  # fmt: skip
+            answers, done = writer.respond(
+                [prompt], new_tokens, nfe, how, seeds=[seed], trace=watch
+            )
         nonlocal kept
         if done.cache_bytes > kept:
             kept = done.cache_bytes
@@ -262,8 +291,9 @@ def chat(answer_to: Callable[[list[dict], int], str], seed: int) -> int:
         messages.append({"role": "assistant", "content": text})
 
 
-def write_samples(args, model, tokenizer, softmask, dtype) -> int:
+def write_samples(args: argparse.Namespace, writer: Writer) -> int:
     """Samples of a DiT, printed or appended to --out; under torchrun each process takes a share."""
+    model, tokenizer, softmask, _, options = writer
     device, limit = model.embedding.device, model.config.block_size
     length = limit if args.length is None else args.length
     if not 1 <= length <= limit:
@@ -273,56 +303,39 @@ def write_samples(args, model, tokenizer, softmask, dtype) -> int:
     nfe = steps_of(args, masks)
     how = strategy_of(args, length, nfe, answers=False)
     world = join_world(device)
-    digest = hashlib.blake2b()
-    for p in model.parameters():
-        digest.update(p.detach().cpu().numpy())
-    omegas = softmask.omegas() if softmask is not None else None
+    settings = [*writer.settings, repr(how), start.tolist(), nfe, args.seed]
+    samples = Samples(args.out, settings, world)
     k = "V" if softmask is not None and softmask.k is None else softmask and softmask.k
-    schedule = schedule_of(args)
-    settings = [
-        digest.hexdigest(),
-        str(dtype),
-        k,
-        omegas,
-        repr(how),
-        schedule,
-        args.reuse_unchanged,
-        args.block_length,
-        args.cache,
-    ]
-    samples = Samples(args.out, [*settings, start.tolist(), nfe, args.seed], world)
+    omegas = softmask and softmask.omegas()
     head = {"strategy": how.name, "nfe": nfe, "k": k, "omegas": omegas, "start": start.tolist()}
     tracing = args.trace and world.rank == 0
     trace = TraceFile(args.trace, head, partial(decode, tokenizer)) if tracing else None
-    already, passes, batches, kept = samples.done, 0, 0, 0
-    begin = time.perf_counter()
+    already, made, begin = samples.done, [], time.perf_counter()
     with progress(total=max(0, args.num - already) * nfe, desc="decoding", unit=" steps") as bar:
-        while samples.done < args.num:
-            first = samples.done + world.rank * args.batch_size
-            here = range(min(first, args.num), min(first + args.batch_size, args.num))
-            x = start.repeat(len(here), 1)
-            if len(here):
-                x, done = generate(
-                    model, x, nfe, softmask, how, seeds=[seed_of(args.seed, i) for i in here],
-                    dtype=dtype, schedule=schedule, reuse_unchanged=args.reuse_unchanged,
-                    block_length=args.block_length, cache=args.cache,
-                    trace=trace is not None, on_step=lambda i, x: bar.update(len(x) * world.size)
-                )  # fmt: skip
-                passes, batches, kept = passes + done.passes, batches + 1, done.cache_bytes
-                if trace is not None:
-                    trace.add(done.trace, here)
-            ids = x.tolist()
-            samples.add([decode(tokenizer, one) for one in ids], ids)
+
+        def make(numbers: range) -> list[dict]:
+            x, done = generate(
+                model, start.repeat(len(numbers), 1), nfe, softmask, how, trace=trace is not None,
+                seeds=[seed_of(args.seed, i) for i in numbers], **options,
+                on_step=lambda i, x: bar.update(len(x) * world.size),
+            )  # fmt: skip
+            made.append(done)
+            if trace is not None:
+                trace.add(done.trace, numbers)
+            return [{"text": decode(tokenizer, ids), "ids": ids} for ids in x.tolist()]
+
+        samples.fill(args.num, args.batch_size, make)
     seconds = time.perf_counter() - begin
     if world.rank == 0:
-        for i, text in enumerate(samples.texts):
-            print(f"--- sample {i}\n{text}")
-        made = samples.done - already
+        for i, entry in enumerate(samples.kept):
+            print(f"--- sample {i}\n{entry['text']}")
+        new, passes = samples.done - already, sum(done.passes for done in made)
         where = f" in {args.out}, which holds {samples.done}" if args.out else ""
         steps = f"{nfe} steps" if how.threshold is None else f"threshold {how.threshold:g}"
+        kept = max((done.cache_bytes for done in made), default=0)
         print(
-            f"--- {made} samples{where}, {masks * made / seconds:.1f} tokens per second; "
-            f"{how.name}, {steps}, {passes / max(1, batches):.1f} network passes a batch; "
+            f"--- {new} samples{where}, {masks * new / seconds:.1f} tokens per second; "
+            f"{how.name}, {steps}, {passes / max(1, len(made)):.1f} network passes a batch; "
             f"{'soft-masked' if softmask is not None else 'binary'}"
             + (f"; cache {kept / 1e6:.1f} MB" if kept else "")
         )
@@ -330,25 +343,9 @@ def write_samples(args, model, tokenizer, softmask, dtype) -> int:
     return 0
 
 
-def parser() -> Parser:
-    p = Parser(description="Decode text.")
+def decoding_flags(p: argparse.ArgumentParser) -> None:
+    """The flags of `load`, `steps_of` and `strategy_of` but for the network's own."""
     # fmt: off
-    add = p.add_argument_group("what").add_argument
-    add("--ckpt", "--model", default="out/ckpt.pt",
-        help="a checkpoint, a folder, a hub id, dream or dream-coder")
-    add("--adapter", help="a PEFT folder of a LoRA or DoRA, merged into the weights")
-    add("--num", type=int, default=1, help="samples")
-    add("--length", type=int, help="tokens of a sample; default: the network's length")
-    add("--prompt", default="", help="a prefix that stays; for a Dream model a user's message")
-    add("--chat", action="store_true", help="talk with a Dream model, or a fine-tuned network")
-    add("--system", help="the system line of the conversation; default: the model's own")
-    add("--new-tokens", type=int,
-        help="tokens of an answer; default: 256, or half of what the network takes")
-    add("--infill", default="", help=f"a text: each {MASK_TEXT} is filled")
-    add("--out", help="append the samples to this JSONL file as they come; what it holds is kept")
-    add("--trace", help="write what happened at every step and position to this JSONL file")
-    add("--seed", type=int, default=0)
-    add("--watch", action="store_true", help="show a Dream model's answer as it forms")
     add = p.add_argument_group("how").add_argument
     add("--nfe", type=int, help="decoding steps; default: one a masked token")
     add("--budget", help="steps as a share of the masked tokens, like 1/4")
@@ -384,6 +381,29 @@ def parser() -> Parser:
     add("--device", default="auto", help="auto, cuda, mps or cpu")
     add("--dtype", default="auto", help="auto, float32 or bfloat16")
     # fmt: on
+
+
+def parser() -> Parser:
+    p = Parser(description="Decode text.")
+    # fmt: off
+    add = p.add_argument_group("what").add_argument
+    add("--ckpt", "--model", default="out/ckpt.pt",
+        help="a checkpoint, a folder, a hub id, dream or dream-coder")
+    add("--adapter", help="a PEFT folder of a LoRA or DoRA, merged into the weights")
+    add("--num", type=int, default=1, help="samples")
+    add("--length", type=int, help="tokens of a sample; default: the network's length")
+    add("--prompt", default="", help="a prefix that stays; for a Dream model a user's message")
+    add("--chat", action="store_true", help="talk with a Dream model, or a fine-tuned network")
+    add("--system", help="the system line of the conversation; default: the model's own")
+    add("--new-tokens", type=int,
+        help="tokens of an answer; default: 256, or half of what the network takes")
+    add("--infill", default="", help=f"a text: each {MASK_TEXT} is filled")
+    add("--out", help="append the samples to this JSONL file as they come; what it holds is kept")
+    add("--trace", help="write what happened at every step and position to this JSONL file")
+    add("--seed", type=int, default=0)
+    add("--watch", action="store_true", help="show a Dream model's answer as it forms")
+    # fmt: on
+    decoding_flags(p)
     return p
 
 

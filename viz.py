@@ -17,7 +17,7 @@ PALEST, BRIGHTEST = 236, 250  # of the 24 greys of a terminal of 256 colours, fo
 
 
 def trace_entries(step: int, t: float, x, chosen, remasked, rows, feedback, lam) -> list[dict]:
-    """The trace of a step that left x (B, L): a dictionary a sequence (see `sample.generate`).
+    """The trace of a step that left x (B, L): a dictionary a sequence (see `decoding.generate`).
 
     chosen, remasked and rows index the B * L positions: those drawn, those masked again, and those
     that `feedback` with weights `lam` speaks of, None for plain masks.
@@ -44,7 +44,7 @@ def trace_entries(step: int, t: float, x, chosen, remasked, rows, feedback, lam)
 
 class TraceFile:
     """A trace as JSONL: a first line with what the run was and the ids that it started from, then a
-    line a step and sample (see `sample.generate`). "texts" spells the ids that are new in a line.
+    line a step and sample (see `decoding.generate`). "texts" spells the ids that are new in a line.
     """
 
     def __init__(self, path: str, head: dict, spell: Callable[[Iterable[int]], str]):
@@ -99,7 +99,7 @@ class TerminalView:
         self._write(RESET + "\x1b[?25h")
 
     def update(self, entry: dict) -> None:
-        """Take one entry of a trace (`sample.generate`) and draw."""
+        """Take one entry of a trace (`decoding.generate`) and draw."""
         for position, token in entry["drawn"]:
             self.ids[position] = token
         for position in entry["remasked"]:
