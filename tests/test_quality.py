@@ -59,7 +59,7 @@ def test_gen_ranks_held_out_text_before_noise(run, tmp_path, capsys):
         (tmp_path / name).write_text("".join(lines))
     files = [str(tmp_path / name) for name in ("real", "noise")]
     flags = ["gen", *files, "--ckpt", str(run), "--cache", str(tmp_path)]
-    evaluate.gen(evaluate.parser().parse_args(flags))
+    quality.gen(evaluate.parser().parse_args(flags))
     rows = [line.split() for line in capsys.readouterr().out.splitlines()[1:]]
     assert float(rows[0][0]) == 0 and float(rows[1][0]) > 0.5
 
@@ -77,7 +77,7 @@ def test_samples_of_different_lengths_are_not_compared(run, tmp_path):
         (tmp_path / str(n)).write_text(json.dumps({"ids": [1] * n}) + "\n")
     flags = ["gen", str(tmp_path / "3"), str(tmp_path / "4"), "--ckpt", str(run)]
     with pytest.raises(ValueError, match="samples of 4 tokens beside those of 3"):
-        evaluate.gen(evaluate.parser().parse_args([*flags, "--cache", str(run)]))
+        quality.gen(evaluate.parser().parse_args([*flags, "--cache", str(run)]))
 
 
 # Quality against speed
