@@ -11,7 +11,6 @@ answer, filter, tokenize once. A batch adds the end-of-text tokens that a model 
 import ast
 import hashlib
 import json
-import logging
 import os
 import re
 import shutil
@@ -38,6 +37,7 @@ from data import (
     decode,
     encode_array,
     held_out,
+    load_hub,
     load_tokenizer,
     mask_id,
     open_parquet,
@@ -58,10 +58,6 @@ SHORTEST = 5  # tokens of a response
 TOOL_CALLS = ("<tool_call>", "</tool_call>")
 FILTERS = ("bad", "tool calls", "too long", "short response")
 AT_A_TIME = 512  # rows in memory
-
-
-class Unreachable(ValueError):
-    """The hub cannot be reached, or refuses."""
 
 
 # The template
@@ -262,26 +258,9 @@ def _row_group(file: Path, g: int):
 
 
 def _hub_chats(name: str) -> Found:
-    try:
-        from datasets import exceptions, load_dataset  # optional
-    except ImportError:
-        raise ValueError(
-            f"{name} is fetched by the package datasets: pip install datasets; or fetch its "
-            "parquet files and name their folder"
-        ) from None
-    logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)  # it tells of each retry
     repository, _, config = name.partition(":")
-    try:
-        splits = load_dataset(repository, config or None)
-    except (ValueError, exceptions.DatasetNotFoundError) as error:
-        raise ValueError(
-            f"--data {name}: no such file or folder, and no data set of the hub ({_reason(error)})"
-        ) from None
-    except Exception as error:  # the client's own errors, and those of the network under it
-        raise Unreachable(
-            f"{name}: cannot be fetched from the hub ({_reason(error)}); with the data set's "
-            "parquet files at hand, name their folder with --data"
-        ) from None
+    instead = "or name the folder of its parquet files with --data"
+    splits = load_hub(repository, config or None, instead)
     # Without a test split of its own, rows of the training split are held out.
     uses = {"train": "train", "test": "val"} if "test" in splits else {"train": None}
     for split in uses:
@@ -296,10 +275,6 @@ def _hub_chats(name: str) -> Found:
         return Rows(len(table), lambda i: table[i], lambda i: f"{where} row {i}", use)
 
     return Found(name, mark, lambda: [rows(split, use) for split, use in uses.items()])
-
-
-def _reason(error: Exception) -> str:
-    return " ".join([type(error).__name__, *str(error).splitlines()[:1]])
 
 
 def _stdlib_rows(source: Source) -> list[Rows]:

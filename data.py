@@ -15,6 +15,7 @@ import codecs
 import contextlib
 import hashlib
 import json
+import logging
 import os
 import re
 import shutil
@@ -406,22 +407,42 @@ def open_parquet(file: Path, column: str) -> Iterator:
         raise ValueError(f"{file}: not parquet that can be read: {reason}") from None
 
 
-def _hub_stream(repository: str, state: dict | None):
-    """The rows of a data set of the hub, as `datasets` streams them, from a state of it on."""
+class Unreachable(ValueError):
+    """The hub cannot be reached, or refuses."""
+
+
+def load_hub(name: str, config: str | None, instead: str, **options):
+    """A data set of the hub, by the package datasets; `instead` tells what else can be done.
+
+    ValueError where there is none of that name, or no such package; Unreachable.
+    """
     try:
-        from datasets import load_dataset  # optional
+        from datasets import exceptions, load_dataset  # optional
     except ImportError:
         raise ValueError(
-            f"{repository} is streamed by the package datasets: pip install datasets; or fetch its "
-            "parquet files and name their folder"
+            f"{name} is fetched by the package datasets: pip install datasets; {instead}"
         ) from None
+    logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)  # it tells of each retry
     try:
-        stream = load_dataset(repository, split="train", streaming=True)
-    except Exception as error:  # the client's own errors, and those of the network under it
+        return load_dataset(name, config, **options)
+    except (ValueError, exceptions.DatasetNotFoundError) as error:
         raise ValueError(
-            f"{repository}: cannot be streamed ({type(error).__name__}); with its parquet files at "
-            "hand, name their folder"
+            f"{name}: no file, folder or data set of the hub ({_reason(error)})"
         ) from None
+    except Exception as error:  # the client's own errors, and those of the network under it
+        raise Unreachable(
+            f"{name}: cannot be fetched from the hub ({_reason(error)}); {instead}"
+        ) from None
+
+
+def _reason(error: Exception) -> str:
+    return " ".join([type(error).__name__, *str(error).splitlines()[:1]])
+
+
+def _hub_stream(repository: str, state: dict | None):
+    """The rows of a data set of the hub, as `datasets` streams them, from a state of it on."""
+    instead = "or fetch its parquet files and name their folder"
+    stream = load_hub(repository, None, instead, split="train", streaming=True)
     if state:
         stream.load_state_dict(state)
     return stream
@@ -523,9 +544,29 @@ class Corpus:
         ids.fill(self.tokenizer.eot_token)
         for row, i in zip(ids, starts, strict=True):
             row[self.wrapping : self.wrapping + inner] = stream[i : i + inner]
+        return self._checked(ids)
+
+    def _checked(self, ids: np.ndarray) -> Tensor:
         if ids.size and ids.max() >= mask_id(self.tokenizer):
             raise ValueError(f"{self.folder}: damaged; delete it, and it is built again")
         return torch.from_numpy(ids)
+
+    def documents(self, split: str) -> np.ndarray:
+        """(n + 1,) where the n documents of a split start, and where the last one ends; the
+        end-of-text after a document is its last token."""
+        stream, eot = self.streams[split], self.tokenizer.eot_token
+        pieces = range(0, len(stream), PIECE)
+        ends = [np.flatnonzero(stream[i : i + PIECE] == eot) + i + 1 for i in pieces]
+        edges = np.concatenate([np.zeros(1, np.int64), *ends])
+        return edges if edges[-1] == len(stream) else np.append(edges, len(stream))
+
+    def spans(self, split: str, starts: np.ndarray, stops: np.ndarray) -> Tensor:
+        """The tokens from starts (n,) to stops (n,), int64 (n, longest); on the right of the
+        shorter ones there is end-of-text."""
+        at = starts[:, None] + np.arange((stops - starts).max())  # (n, longest)
+        inside = at < stops[:, None]
+        ids = self.streams[split][np.where(inside, at, 0)].astype(np.int64)
+        return self._checked(np.where(inside, ids, self.tokenizer.eot_token))
 
 
 def open_corpus(

@@ -27,13 +27,13 @@ from torch.nn.parallel import DistributedDataParallel
 from chat import (
     CHATS,
     Chats,
-    Unreachable,
     batches_by_length,
     collate,
     draw_eos,
     open_chats,
     system_line,
 )
+from data import Unreachable
 from model import Dream
 from runtime import (
     Parser,

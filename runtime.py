@@ -323,10 +323,16 @@ class Samples:
     def fill(self, total: int, batch_size: int, make: Callable[[range], list[dict]]) -> None:
         """Up to `total` samples: make(numbers) gives a batch's entries; the processes of a job take
         batches in turns."""
-        while self.done < total:
-            first = min(self.done + self.world.rank * batch_size, total)
-            here = range(first, min(first + batch_size, total))
-            self._add(make(here) if here else [])
+        try:
+            while self.done < total:
+                first = min(self.done + self.world.rank * batch_size, total)
+                here = range(first, min(first + batch_size, total))
+                self._add(make(here) if here else [])
+        except KeyboardInterrupt:
+            if self.path is not None:
+                note = f"{self.path} has {self.done} of {total}; the same command goes on"
+                print(note, file=sys.stderr)
+            raise
 
     def _add(self, entries: list[dict]) -> None:
         """The entries of all processes, in the order of their ranks."""

@@ -343,12 +343,14 @@ def write_samples(args: argparse.Namespace, writer: Writer) -> int:
     return 0
 
 
-def decoding_flags(p: argparse.ArgumentParser) -> None:
+def decoding_flags(
+    p: argparse.ArgumentParser, budget: str = "steps as a share of the masked tokens, like 1/4"
+) -> None:
     """The flags of `load`, `steps_of` and `strategy_of` but for the network's own."""
     # fmt: off
     add = p.add_argument_group("how").add_argument
     add("--nfe", type=int, help="decoding steps; default: one a masked token")
-    add("--budget", help="steps as a share of the masked tokens, like 1/4")
+    add("--budget", help=budget)
     add("--strategy", choices=ANCESTRAL + ORDERS, help="default: mdlm; for answers entropy")
     add("--preset", choices=("remdm-paper",),
         help="nucleus 0.9; remdm-cap for fewer steps than tokens, else remdm-loop")

@@ -48,6 +48,15 @@ TASKS = {
     "gsm8k": Task("GSM8K", 256, ("Q:",)),
     "math500": Task("MATH-500", 512, ("Problem:",)),
 }
+PROGRAMS = ("humaneval", "humaneval+", "mbpp", "mbpp+")  # what their answers are
+HUB = {  # data set and configuration, its test split
+    "humaneval": ("openai/openai_humaneval", None),
+    "humaneval+": ("evalplus/humanevalplus", None),
+    "mbpp": ("google-research-datasets/mbpp", "full"),
+    "mbpp+": ("evalplus/mbppplus", None),
+    "gsm8k": ("openai/gsm8k", "main"),
+    "math500": ("HuggingFaceH4/MATH-500", None),
+}
 MBPP_TEST = range(11, 511)  # task_ids of the test split
 MATH_REQUEST = r"Please reason step by step, and put your final answer within \boxed{}."
 FEEDBACKS = ("binary", "sm")
@@ -72,8 +81,11 @@ class Problem(NamedTuple):
 # Problems
 
 
-def read_problems(task: str, file: str | Path, full_tests: bool = False) -> list[Problem]:
-    """The problems of a JSONL file, plain or gzipped, in its order; of MBPP the test split.
+def read_problems(
+    task: str, file: str | Path | None = None, full_tests: bool = False
+) -> list[Problem]:
+    """The problems of a JSONL file, plain or gzipped, in its order, or of the hub; of MBPP the test
+    split.
 
     The forms: HumanEval's own, which EvalPlus keeps on the hub; MBPP's own; EvalPlus' MBPP+, scored
     on `test_list`, or with `full_tests` on `test`; GSM8K's own; MATH-500 as {"problem" or "prompt",
@@ -83,7 +95,9 @@ def read_problems(task: str, file: str | Path, full_tests: bool = False) -> list
     if task not in TASKS:
         raise ValueError(f"{task}: no benchmark; they are {', '.join(TASKS)}")
     problems: dict[str | int, Problem] = {}
-    for number, row in _rows(file):
+    rows = _rows(file) if file is not None else _hub_rows(task)
+    file = file if file is not None else HUB[task][0]
+    for number, row in rows:
         try:
             problem = _problem(task, number, row, full_tests)
         except ValueError as error:
@@ -96,6 +110,15 @@ def read_problems(task: str, file: str | Path, full_tests: bool = False) -> list
         split = f", task_id {MBPP_TEST[0]} to {MBPP_TEST[-1]}," if task == "mbpp" else ""
         raise ValueError(f"{file}: no problem{split} in it")
     return list(problems.values())
+
+
+def _hub_rows(task: str) -> Iterator[tuple[int, dict]]:
+    """The rows of a benchmark's data set on the hub, with their numbers, from 0."""
+    from data import load_hub  # slow to import, and files do without
+
+    name, config = HUB[task]
+    rows = load_hub(name, config, "name a file of its problems with --data", split="test")
+    return enumerate(map(dict, rows))
 
 
 def _rows(file: str | Path) -> Iterator[tuple[int, dict]]:
@@ -370,43 +393,72 @@ def pass_at_k(n: int, c: int, k: int) -> float:
     return 1 - math.comb(n - c, k) / math.comb(n, k)
 
 
-def table(scores: list[dict]) -> str:
-    """The paper's table 2 in Markdown: a budget's rows are Binary, SM and their Gain.
+def summary(scores: list[dict]) -> list[dict]:
+    """The rows of the paper's table 2: for each budget Binary, SM and their gain.
 
-    A score is {"task", "budget", "feedback": "binary" or "sm", "seed", "score": from 0 to 1}, a
-    budget steps / tokens (Eq. 3). Cells are per cent: the mean over seeds and, of several, their
-    sample standard deviation. ValueError for a score that has no cell, or a seed's second.
+    A score is {"task", "budget", "feedback": "binary" or "sm", "seed", "score": from 0 to 1}; a
+    budget is steps / tokens (Eq. 3), or a text that is no number, whose rows come last. A row is
+    {"budget", "feedback": "Binary", "SM" or "Gain", "scores": {task: {"mean", "std", "seeds"}}} in
+    per cent, std the sample standard deviation over seeds, None of one. ValueError for a score that
+    has no cell, or a seed's second.
     """
     cells: dict[tuple, dict] = {}
     for score in scores:
-        task, feedback = score["task"], score["feedback"].lower()
+        task, feedback = score["task"], str(score["feedback"]).lower()
         if task not in TASKS or feedback not in FEEDBACKS:
             raise ValueError(f"{score}: a task is one of {', '.join(TASKS)}, feedback binary or sm")
-        budget = Fraction(score["budget"]).limit_denominator(1000)
-        seeds = cells.setdefault((budget, feedback, task), {})
+        seeds = cells.setdefault((_budget(score["budget"]), feedback, task), {})
         if score["seed"] in seeds:
             raise ValueError(f"{score}: the second of its seed")
         seeds[score["seed"]] = 100 * score["score"]
-    tasks = [task for task in TASKS if any(task == key[2] for key in cells)]
-    rows = [["NFE budget", "Feedback", *(TASKS[task].title for task in tasks)]]
-    rows.append(["---", "---", *["---:"] * len(tasks)])
+    rows = []
     for budget in sorted({key[0] for key in cells}):
-        name = f"{budget.numerator}/{budget.denominator}"
-        binary, sm = ([[*cells.get((budget, f, t), {}).values()] for t in tasks] for f in FEEDBACKS)
-        rows.append([name, "Binary", *map(_cell, binary)])
-        rows.append(["", "SM", *map(_cell, sm)])
-        rows.append(["", "Gain", *map(_gain, binary, sm)])
-    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
+        of = [
+            {task: _mean(cells[budget, f, task]) for task in TASKS if (budget, f, task) in cells}
+            for f in FEEDBACKS
+        ]
+        gain = {t: {"mean": of[1][t]["mean"] - of[0][t]["mean"]} for t in of[0] if t in of[1]}
+        for feedback, found in zip(("Binary", "SM", "Gain"), [*of, gain]):
+            rows.append({"budget": budget[1], "feedback": feedback, "scores": found})
+    return rows
 
 
-def _cell(values: list[float]) -> str:
-    if not values:
+def _budget(value: float | str) -> tuple[Fraction, str]:
+    """What to sort a budget by, and its name."""
+    try:
+        share = Fraction(value).limit_denominator(1000)
+    except ValueError:
+        return Fraction(10**6), str(value)
+    return share, f"{share.numerator}/{share.denominator}"
+
+
+def _mean(seeds: dict) -> dict:
+    values = list(seeds.values())
+    spread = statistics.stdev(values) if len(values) > 1 else None
+    return {"mean": statistics.mean(values), "std": spread, "seeds": len(values)}
+
+
+def table(rows: list[dict], markdown: bool = False) -> str:
+    """The rows of a `summary`, laid out as the paper's table 2: as text, or in Markdown."""
+    tasks = [task for task in TASKS if any(task in row["scores"] for row in rows)]
+    lines = [["NFE budget", "Feedback", *(TASKS[task].title for task in tasks)]]
+    for row in rows:
+        name = row["budget"] if row["feedback"] == "Binary" else ""
+        lines.append([name, row["feedback"], *(_cell(row, task) for task in tasks)])
+    if markdown:
+        lines.insert(1, ["---", "---", *["---:"] * len(tasks)])
+        return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    sides = [str.ljust, str.ljust, *[str.rjust] * len(tasks)]
+    rows = [[side(c, w) for side, c, w in zip(sides, line, widths)] for line in lines]
+    return "".join("  ".join(row).rstrip() + "\n" for row in rows)
+
+
+def _cell(row: dict, task: str) -> str:
+    found = row["scores"].get(task)
+    if found is None:
         return "-"
-    spread = f" (+- {statistics.stdev(values):.1f})" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.1f}{spread}"
-
-
-def _gain(binary: list[float], sm: list[float]) -> str:
-    if not binary or not sm:
-        return "-"
-    return f"{round(statistics.mean(sm) - statistics.mean(binary), 1) + 0:+.1f}"  # + 0: no -0.0
+    if row["feedback"] == "Gain":
+        return f"{round(found['mean'], 1) + 0:+.1f}"  # + 0: no -0.0
+    spread = "" if found["std"] is None else f" (+- {found['std']:.1f})"
+    return f"{found['mean']:.1f}{spread}"

@@ -670,15 +670,15 @@ def test_hub_that_is_not_reached_is_told_from_data_that_are_not_there(tmp_path, 
 
     for error in (ConnectionError("no\nroute"), TimeoutError(), RuntimeError("503")):
         fail(error)
-        with pytest.raises(chat.Unreachable, match=r"owner/name: .*parquet.* --data") as caught:
+        with pytest.raises(data.Unreachable, match=r"owner/name: .*parquet.* --data") as caught:
             prepare(tmp_path, ["owner/name"])
         assert "\n" not in str(caught.value)
     not_found = hub.datasets.exceptions.DatasetNotFoundError("Dataset doesn't exist\non the Hub")
     for error in (not_found, ValueError("BuilderConfig 'x' not found.\nAvailable: [all]")):
         fail(error)
-        with pytest.raises(ValueError, match="--data owner/name: no such file") as caught:
+        with pytest.raises(ValueError, match="owner/name: no file, folder or data set") as caught:
             prepare(tmp_path, ["owner/name"])
-        assert "\n" not in str(caught.value) and not isinstance(caught.value, chat.Unreachable)
+        assert "\n" not in str(caught.value) and not isinstance(caught.value, data.Unreachable)
 
 
 @pytest.mark.parametrize("name", ["", "nothing", "a/b/c", "./owner/name", "chats/train.jsonl"])
@@ -699,7 +699,7 @@ def test_datasets_is_asked_for_where_it_is_needed(tmp_path, monkeypatch):
     monkeypatch.setattr(builtins, "__import__", without)
     with pytest.raises(ValueError, match="owner/name .*pip install datasets") as caught:
         prepare(tmp_path, ["owner/name"])
-    assert not isinstance(caught.value, chat.Unreachable)
+    assert not isinstance(caught.value, data.Unreachable)
 
 
 # The standard library

@@ -598,11 +598,61 @@ def test_a_table_is_laid_out_as_the_papers():
     ]
     names = ("task", "budget", "feedback", "seed", "score")
     scores = [dict(zip(names, score)) for score in scores]
-    assert tasks.table(scores) == TABLE
+    assert tasks.table(tasks.summary(scores), markdown=True) == TABLE
     random.Random(0).shuffle(scores)
-    assert tasks.table(scores) == TABLE, "in any order"
+    assert tasks.table(tasks.summary(scores), markdown=True) == TABLE, "in any order"
     with pytest.raises(ValueError, match="the second of its seed"):
-        tasks.table([*scores, scores[0]])
+        tasks.summary([*scores, scores[0]])
     for bad in ({"task": "math"}, {"feedback": "soft"}):
         with pytest.raises(ValueError, match="a task is one of humaneval"):
-            tasks.table([scores[0] | bad])
+            tasks.summary([scores[0] | bad])
+
+
+def test_a_table_as_text_has_its_columns_under_each_other():
+    scores = [
+        {"task": task, "budget": budget, "feedback": feedback, "seed": seed, "score": score}
+        for task, budget, feedback, seed, score in [
+            ("gsm8k", "threshold 0.9", "sm", 0, 0.5),
+            ("gsm8k", "1/2", "binary", 0, 0.1),
+            ("humaneval", "1/2", "binary", 0, 1.0),
+            ("gsm8k", "1/2", "binary", 1, 0.2),
+        ]
+    ]
+    assert tasks.table(tasks.summary(scores)).splitlines() == [
+        "NFE budget     Feedback  HumanEval          GSM8K",
+        "1/2            Binary        100.0  15.0 (+- 7.1)",
+        "               SM                -              -",
+        "               Gain              -              -",
+        "threshold 0.9  Binary            -              -",
+        "               SM                -           50.0",
+        "               Gain              -              -",
+    ]
+
+
+def test_problems_come_from_the_hub_without_a_file(monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    calls = []
+
+    def load(*name, split):
+        calls.append((*name, split))
+        return datasets.Dataset.from_list([HUMANEVAL])
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    (problem,) = tasks.read_problems("humaneval+")
+    assert problem.task_id == HUMANEVAL["task_id"]
+    assert calls == [("evalplus/humanevalplus", None, "test")]
+    with pytest.raises(ValueError, match=r'openai/gsm8k:1: no text "question"'):
+        tasks.read_problems("gsm8k")
+    assert calls[1] == ("openai/gsm8k", "main", "test")
+
+
+def test_a_hub_that_is_not_reached_is_one_line_that_names_the_way_out(monkeypatch):
+    datasets = pytest.importorskip("datasets")
+
+    def load(*name, split):
+        raise ConnectionError("no\nroute")
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    with pytest.raises(ValueError, match="openai/gsm8k: cannot be fetched.*with --data") as caught:
+        tasks.read_problems("gsm8k")
+    assert "\n" not in str(caught.value)
