@@ -310,6 +310,8 @@ def write_samples(args: argparse.Namespace, writer: Writer) -> int:
     head = {"strategy": how.name, "nfe": nfe, "k": k, "omegas": omegas, "start": start.tolist()}
     tracing = args.trace and world.rank == 0
     trace = TraceFile(args.trace, head, partial(decode, tokenizer)) if tracing else None
+    feedback = "binary" if softmask is None else "sm"
+    about = {"strategy": how.name, "nfe": nfe, "feedback": feedback}
     already, made, begin = samples.done, [], time.perf_counter()
     with progress(total=max(0, args.num - already) * nfe, desc="decoding", unit=" steps") as bar:
 
@@ -322,7 +324,7 @@ def write_samples(args: argparse.Namespace, writer: Writer) -> int:
             made.append(done)
             if trace is not None:
                 trace.add(done.trace, numbers)
-            return [{"text": decode(tokenizer, ids), "ids": ids} for ids in x.tolist()]
+            return [about | {"text": decode(tokenizer, ids), "ids": ids} for ids in x.tolist()]
 
         samples.fill(args.num, args.batch_size, make)
     seconds = time.perf_counter() - begin

@@ -13,7 +13,7 @@ import signal
 import sys
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -314,11 +314,22 @@ def nelbo(
     world: World = ALONE, b_l: float = B_L, b_h: float = B_H,
 ) -> tuple[float, float]:  # fmt: skip
     """NELBO in nats a token (a response token, where there are such), and its standard error over
-    batches.
+    batches; the rest as in `batch_sums`."""
+    return mean_and_error(*batch_sums(model, batches, softmask, device, dtype, world, b_l, b_h))
+
+
+@torch.no_grad()
+def batch_sums(
+    model, batches: Sequence[Batch], softmask: SoftMask | None, device, dtype,
+    world: World = ALONE, b_l: float = B_L, b_h: float = B_H, at_least_one: bool = True,
+) -> tuple[list[float], list[int]]:  # fmt: skip
+    """The loss of each batch in nats, and the number of its tokens (of its response).
 
     With a soft mask every sequence takes two passes, without one. Times and masks depend on the
     number and shape of the batches alone, so that models can be compared. Processes take batches in
-    turns; all make the same number of passes, for those whose weights are sharded.
+    turns; all make the same number of passes, for those whose weights are sharded. A response has
+    always a masked token, as in fine-tuning; the expectation is the NELBO where that need not be
+    (not `at_least_one`).
     """
     training = model.training
     model.eval()
@@ -331,13 +342,21 @@ def nelbo(
         turn = i % world.size
         if turn == world.rank or (i == last and turn < world.rank):
             x0, t, noise, *rest = (v.to(device) for v in (x0, *drawn, *rest))
+            if rest and not at_least_one:
+                noise, rest[0] = noise.masked_fill(~rest[0], 1.0), None  # 1: never masked
             with autocast(device, dtype):
                 loss = diffusion_loss(model, x0, t, noise, softmask, None, *rest).item()
             sums[-1] = loss if turn == world.rank else 0.0
     sums = [sum(parts) for parts in zip(*world.gather(sums))]
     model.train(training)
+    return sums, counts
+
+
+def mean_and_error(sums: list[float], counts: list[int]) -> tuple[float, float]:
+    """sum / count over all batches, and its standard error: a batch weighs what it counts."""
     mean, n = sum(sums) / sum(counts), len(sums)
-    spread = sum((s / c - mean) ** 2 for s, c in zip(sums, counts))
+    weights = [c * n / sum(counts) for c in counts]
+    spread = sum((w * (s / c - mean)) ** 2 for w, s, c in zip(weights, sums, counts))
     return mean, math.sqrt(spread / (n * (n - 1))) if n > 1 else math.nan
 
 
