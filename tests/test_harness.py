@@ -457,7 +457,7 @@ def test_a_prompt_without_room_is_named_before_anything_is_written(task, ask, as
 def test_our_evaluate_does_not_hide_the_package_of_that_name(monkeypatch):
     monkeypatch.delitem(sys.modules, "evaluate", raising=False)
     ours = importlib.import_module("evaluate")
-    assert hasattr(ours, "ppl")
+    assert Path(ours.__file__).parent == Path(harness.__file__).parent
     path = sys.path[:]
     with harness.beside_the_harness():
         assert hasattr(importlib.import_module("evaluate"), "load")
@@ -471,13 +471,8 @@ def test_without_the_harness_the_way_to_it_is_told(task, ask, monkeypatch):
         ask()
 
 
-def test_as_a_command_an_unknown_task_is_one_line_and_status_2(task, tmp_path):
-    task()
-    script = (
-        "import harness, runtime\np = runtime.Parser()\nharness.add_commands(p.add_subparsers())\n"
-        "args = p.parse_args()\nruntime.run(args.main, args)\n"
-    )
-    command = [sys.executable, "-c", script, "lm-eval", "--tasks", "gsm9k", "--ckpt", "nowhere"]
+def test_as_a_command_an_unknown_task_is_one_line_and_status_2():
+    command = [sys.executable, "evaluate.py", "lm-eval", "--tasks", "gsm9k", "--ckpt", "nowhere"]
     result = subprocess.run(
         command, capture_output=True, text=True, timeout=120, cwd=Path(harness.__file__).parent
     )
