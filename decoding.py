@@ -32,7 +32,7 @@ from softmask import (
     schedule_scale,
     top_k,
 )
-from viz import trace_entries
+from tracing import trace_entries
 
 ANCESTRAL = ("mdlm", "remdm-cap", "remdm-rescale", "remdm-conf", "remdm-loop", "origin")
 ORDERS = ("maskgit_plus", "topk_margin", "entropy")  # Dream's, by confidence

@@ -49,7 +49,7 @@ from runtime import (
     writable_folder,
 )
 from softmask import SoftMask
-from viz import TerminalView, TraceFile
+from tracing import TerminalView, TraceFile
 from weights import build_model, build_softmask, load_checkpoint, merge_adapter, read_adapter
 
 
@@ -307,7 +307,8 @@ def write_samples(args: argparse.Namespace, writer: Writer) -> int:
     samples = Samples(args.out, settings, world)
     k = "V" if softmask is not None and softmask.k is None else softmask and softmask.k
     omegas = softmask and softmask.omegas()
-    head = {"strategy": how.name, "nfe": nfe, "k": k, "omegas": omegas, "start": start.tolist()}
+    head = {"strategy": how.name, "nfe": nfe, "k": k, "omegas": omegas, "mask": model.mask_id}
+    head["start"] = start.tolist()
     tracing = args.trace and world.rank == 0
     trace = TraceFile(args.trace, head, partial(decode, tokenizer)) if tracing else None
     feedback = "binary" if softmask is None else "sm"

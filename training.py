@@ -42,6 +42,7 @@ from softmask import (
     negative_entropies,
     soft_sequences,
 )
+from viz import plot_curves
 from weights import load_checkpoint, save_checkpoint, save_omegas
 
 EVAL_SEED = 1234  # the same masks in every validation of every run
@@ -135,7 +136,7 @@ class Run(ABC):
     scores: dict[str, float] | None = None  # of the last validation
     warm: bool = False  # starts from trained weights, which are validated before the first step
 
-    files = ("ckpt.pt", "softmask.json")  # of the run, in --out
+    files = ("ckpt.pt", "softmask.json", "curves.svg")  # of the run, in --out
 
     @abstractmethod
     def draw(self) -> tuple[float, list[Batch]]:
@@ -422,6 +423,7 @@ def drive(r: Run, program: str) -> int:
     if r.softmask is not None:
         say("  ".join(f"{name} {value:.4f}" for name, value in r.softmask.omegas().items()))
     if r.world.rank == 0:
+        plot_curves([str(out)], str(out / "curves.svg"))
         r.finish()
     r.world.leave()
     return 0

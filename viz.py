@@ -1,182 +1,183 @@
-"""Pictures: quality against speed; of a decoding its trace in a file, and as it happens.
+"""Pictures: training curves, Eq. 2, the quality of samples; and a decoding, step by step.
 
-In the terminal (`sample.py --chat`, `--watch`) final tokens are plain, soft masks show their
-leading candidate, the paler the smaller lambda, plain masks are dots.
+python viz.py curves binary sm --out curves.svg             # perplexity and omega_s (figure 3)
+python viz.py lambda --ckpt out --out lambda.svg            # lambda against entropy
+python viz.py quality scores.json --out quality.svg         # of evaluate.py gen --json
+python viz.py page sm.jsonl binary.jsonl --out page.html    # traces of sample.py --trace
+python viz.py position sm.jsonl 17                          # one mask, in numbers
 """
 
+import argparse
 import itertools
 import json
-import os
-import shutil
+import math
+import re
 import sys
-import unicodedata
-from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 
-MASK_SIGN, RESET = "·", "\x1b[0m"
-PALEST, BRIGHTEST = 236, 250  # of the 24 greys of a terminal of 256 colours, for lambda 0 and 1
+import numpy as np
+import torch
+
+from data import open_corpus
+from runtime import Parser, atomic_write, generator, run, writable_folder
+from softmask import antithetic_times, negative_entropies
+from tracing import tell_position, write_page
+from weights import build_model, build_softmask, load_checkpoint
+
+# Okabe and Ito's, told apart by the colour-blind
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#000000")
 
 
-def trace_entries(step: int, t: float, x, chosen, remasked, rows, feedback, lam) -> list[dict]:
-    """The trace of a step that left x (B, L): a dictionary a sequence (see `decoding.generate`).
+def _figure(width: float, height: float, columns: int = 1, rows: int = 1):
+    """A figure and its axes, alone or in an array."""
+    import matplotlib  # slow to import, and most runs draw nothing
 
-    chosen, remasked and rows index the B * L positions: those drawn, those masked again, and those
-    that `feedback` with weights `lam` speaks of, None for plain masks.
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    matplotlib.rcParams["svg.hashsalt"] = "same points, same file"
+    figure, axes = pyplot.subplots(rows, columns, figsize=(width, height), layout="constrained")
+    for one in np.atleast_1d(axes).flat:
+        one.grid(alpha=0.3)
+        one.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def _save(figure, file: str) -> None:
+    from matplotlib import pyplot
+
+    kind = Path(file).suffix[1:] or "svg"
+    writable_folder(str(Path(file).parent), "--out")
+    with atomic_write(file) as f:
+        figure.savefig(f, format=kind, metadata={"Date": None} if kind == "svg" else None)
+    pyplot.close(figure)
+
+
+def read_metrics(folder: str | Path) -> list[dict]:
+    """The lines of a run's metrics.jsonl that can be read; of others stderr has one line.
+
+    FileNotFoundError, or ValueError where there is none.
     """
-    length, flat = x.shape[1], x.flatten()
-    entries = [
-        {"row": b, "step": step, "t": round(t, 6), "drawn": [], "remasked": [], "soft": []}
-        for b in range(len(x))
-    ]
-    for place, token in zip(chosen.tolist(), flat[chosen].tolist()):
-        entries[place // length]["drawn"].append([place % length, token])
-    for place in remasked.tolist():
-        entries[place // length]["remasked"].append(place % length)
-    if feedback is not None:
-        n = len(rows)
-        ids = [[]] * n if feedback.ids is None else feedback.ids.tolist()
-        weights = [[]] * n if feedback.weights is None else feedback.weights.tolist()
-        numbers = zip(rows.tolist(), lam.tolist(), feedback.neg_entropy.tolist(), ids, weights)
-        for place, one_lam, neg_entropy, v, pi in numbers:
-            shown = [round(one_lam, 4), round(neg_entropy, 4), v, [round(w, 4) for w in pi]]
-            entries[place // length]["soft"].append([place % length, *shown])
-    return entries
-
-
-class TraceFile:
-    """A trace as JSONL: a first line with what the run was and the ids that it started from, then a
-    line a step and sample (see `decoding.generate`). "texts" spells the ids that are new in a line.
-    """
-
-    def __init__(self, path: str, head: dict, spell: Callable[[Iterable[int]], str]):
-        self.file, self.spell, self.told = open(path, "w", buffering=1), spell, set()
-        self._write({"trace": 1, **head}, head["start"])
-
-    def add(self, entries: list[dict], samples: range) -> None:
-        for entry in entries:
-            ids = [i for _, i in entry["drawn"]] + [i for *_, v, _ in entry["soft"] for i in v]
-            self._write({"sample": samples[entry.pop("row")], **entry}, ids)
-
-    def _write(self, line: dict, ids: list[int]) -> None:
-        new = sorted(set(ids) - self.told)
-        self.told.update(new)
-        line["texts"] = {i: self.spell([i]) for i in new}
+    file = Path(folder)
+    file = file / "metrics.jsonl" if file.is_dir() else file
+    found, bad = [], 0
+    for line in file.read_text(errors="replace").splitlines():
         try:
-            self.file.write(json.dumps(line, separators=(",", ":")) + "\n")
-        except OSError as error:
-            raise OSError(
-                f"--trace {self.file.name}: cannot be written ({error.strerror})"
-            ) from None
+            numbers = {k: v for k, v in json.loads(line).items() if type(v) in (int, float)}
+            found.append(numbers | {"step": numbers["step"]})
+        except (ValueError, AttributeError, KeyError, TypeError, RecursionError):
+            bad += 1
+    if not found:
+        raise ValueError(f"{file}: no line of a run's metrics in it")
+    if bad:
+        print(f"{file}: {bad} of {bad + len(found)} lines left out: cut short", file=sys.stderr)
+    return found
 
 
-class TerminalView:
-    """One sequence, drawn again after every step over what was drawn before.
+def by_seed(folders: list[str]) -> dict[str, list[list[dict]]]:
+    """The metrics of runs, those of one name together, whose folders differ in a last "-number"."""
+    groups: dict[str, list] = {}
+    for folder in folders:
+        name = re.sub(r"-\d+$", "", Path(folder).resolve().name)
+        groups.setdefault(name, []).append(read_metrics(folder))
+    return groups
 
-    `spell(ids)` turns ids into text, `start` is the sequence to begin with, of which positions
-    from `first` on are shown. Where the stream is no terminal nothing is drawn; where it has no
-    colours (NO_COLOR, TERM=dumb) soft masks look like plain ones.
-    """
 
-    def __init__(
-        self,
-        spell: Callable[[Iterable[int]], str],
-        start: list[int],
-        mask_id: int,
-        first: int = 0,
-        stream=None,
-    ):
-        self.spell, self.mask_id, self.first = spell, mask_id, first
-        self.stream = stream or sys.stdout
-        self.ids, self.soft, self.height = list(start), {}, 0
-        self.live = self.stream.isatty() and os.environ.get("TERM") != "dumb"
-        self.colours = self.live and "NO_COLOR" not in os.environ
+def _over_seeds(runs: list[list[dict]], key: str) -> tuple[np.ndarray, ...]:
+    """(steps, mean, sample standard deviation) of a number at the steps where all runs have it."""
+    series = [{e["step"]: e[key] for e in run if key in e} for run in runs]
+    steps = np.array(sorted(set.intersection(*map(set, series))))
+    values = np.array([[s[step] for step in steps] for s in series])
+    spread = values.std(0, ddof=1) if len(values) > 1 else np.zeros(len(steps))
+    return steps, values.mean(0), spread
 
-    def __enter__(self):
-        self._write("\x1b[?25l")  # no cursor meanwhile
-        return self
 
-    def __exit__(self, *exc):
-        self._clear()
-        self._write(RESET + "\x1b[?25h")
-
-    def update(self, entry: dict) -> None:
-        """Take one entry of a trace (`decoding.generate`) and draw."""
-        for position, token in entry["drawn"]:
-            self.ids[position] = token
-        for position in entry["remasked"]:
-            self.ids[position] = self.mask_id
-        self.soft = {position: (v[0], lam) for position, lam, _, v, _ in entry["soft"] if v}
-        if self.live:
-            columns, rows = shutil.get_terminal_size()
-            lines = list(self._lines(columns))[-(rows - 1) :]
-            self._clear()
-            self._write("\n".join(lines) + RESET)
-            self.height = len(lines)
-
-    def cells(self) -> Iterator[tuple[str, int | None]]:
-        """(text, grey) of the runs to show; grey None for final text."""
-        run: list[int] = []
-        for position in range(self.first, len(self.ids)):
-            token = self.ids[position]
-            if token != self.mask_id:
-                run.append(token)
+def plot_curves(folders: list[str], file: str, omegas: bool = False) -> None:
+    """Runs against their steps: validation perplexity and omega_s (figure 3), or all omegas and tau
+    (figure 6). Runs whose folders differ in a last "-number" are the seeds of one curve, their mean
+    in a band of a standard deviation. SVG or PNG by the name."""
+    groups = by_seed(folders)
+    names = ["omega_s", "omega_a", "omega_b", "tau"] if omegas else ["perplexity", "omega_s"]
+    there = {key for runs in groups.values() for run in runs for entry in run for key in entry}
+    names = [n for n in names if n in there or n == "perplexity"]
+    if not names:
+        raise ValueError(f"--omegas: none in {', '.join(folders)}, which are binary")
+    figure, axes = _figure(3.6 * max(2, len(names)), 3.4, len(names))
+    for name, one in zip(names, np.atleast_1d(axes)):
+        for (group, runs), colour in zip(groups.items(), itertools.cycle(COLOURS)):
+            key = name
+            if name == "perplexity":
+                soft = all(any("val_nelbo_2pass" in entry for entry in run) for run in runs)
+                key = "val_nelbo_2pass" if soft else "val_nelbo_1pass"
+            steps, mean, spread = _over_seeds(runs, key)
+            if not len(steps):
                 continue
-            if run:
-                yield self.spell(run), None
-                run = []
-            if position in self.soft and self.colours:
-                candidate, lam = self.soft[position]
-                text = self.spell([candidate]).replace("\n", "↵") or MASK_SIGN
-                yield text, PALEST + round(min(max(lam, 0.0), 1.0) * (BRIGHTEST - PALEST))
-            else:
-                yield MASK_SIGN, PALEST
-        if run:
-            yield self.spell(run), None
-
-    def _lines(self, columns: int) -> Iterator[str]:
-        line, width = "", 0
-        for text, grey in self.cells():
-            if self.colours:
-                line += RESET if grey is None else f"\x1b[38;5;{grey}m"
-            for char in text:
-                size = 2 if unicodedata.east_asian_width(char) in "WF" else 1
-                if char == "\n" or width + size > columns:
-                    yield line
-                    line, width = "", 0
-                if char == "\t":
-                    char = " "
-                if char.isprintable():
-                    line, width = line + char, width + size
-        yield line
-
-    def _clear(self) -> None:
-        if self.height:
-            up = f"\x1b[{self.height - 1}A" if self.height > 1 else ""
-            self._write(f"{up}\r\x1b[J")
-            self.height = 0
-
-    def _write(self, text: str) -> None:
-        if self.live:
-            self.stream.write(text)
-            self.stream.flush()
+            low, high = mean - spread, mean + spread
+            if name == "perplexity":
+                low, mean, high = np.exp(low), np.exp(mean), np.exp(high)
+            label = group + (f" ({len(runs)} seeds)" if len(runs) > 1 else "")
+            one.plot(steps, mean, color=colour, lw=1.2, label=label)
+            one.fill_between(steps, low, high, color=colour, alpha=0.2, lw=0)
+        one.set_xlabel("steps")
+        one.set_ylabel("validation perplexity" if name == "perplexity" else name)
+        if one.get_legend_handles_labels()[0]:
+            one.legend(frameon=False, fontsize=7)
+    _save(figure, file)
 
 
-# Pictures
+def plot_lambda(omegas: dict[str, tuple], entropies: np.ndarray, most: float, file: str) -> None:
+    """lambda (Eq. 2) against entropy in nats, from 0 to `most`, for named (omega_s, omega_a,
+    omega_b); and the histogram of the entropies a network really had, if there are such."""
+    figure, axes = _figure(5.4, 3.6)
+    h = np.linspace(0, most, 400)
+    if len(entropies):
+        counts = axes.twinx()
+        counts.hist(entropies, bins=60, range=(0, most), color="0.8", density=True, zorder=0)
+        counts.set_ylabel("density of the network's entropies")
+        counts.spines[["top"]].set_visible(False)
+        axes.set_zorder(counts.get_zorder() + 1)
+        axes.patch.set_visible(False)
+    lines = itertools.cycle(["-", "--", ":", "-."])
+    for (name, (s, a, b)), colour, line in zip(omegas.items(), itertools.cycle(COLOURS), lines):
+        axes.plot(h, s / (1 + np.exp(-a * (-h - b))), color=colour, ls=line, label=name)
+    axes.set(xlabel="entropy of the prediction, nats", ylabel="lambda", ylim=(0, 1), xlim=(0, most))
+    axes.legend(framealpha=0.8, edgecolor="none", fontsize=8)
+    _save(figure, file)
 
 
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7")  # told apart by the colour-blind
+def plot_quality(rows: list[dict], measure: str, file: str) -> None:
+    """A measure of samples against NFE (table 1) of {"nfe", "strategy", "feedback", measure}: a
+    line a strategy and feedback, means over rows in a band of a standard deviation."""
+    figure, axes = _figure(5.4, 3.6)
+    groups: dict[tuple, dict] = {}
+    for row in rows:
+        group = groups.setdefault((row["strategy"], row["feedback"]), {})
+        group.setdefault(row["nfe"], []).append(row[measure])
+    strategies = list(dict.fromkeys(strategy for strategy, _ in groups))
+    for (strategy, feedback), found in sorted(groups.items()):
+        nfe = np.array(sorted(found))
+        mean = np.array([np.mean(found[n]) for n in nfe])
+        spread = np.array([np.std(found[n], ddof=1) if len(found[n]) > 1 else 0 for n in nfe])
+        colour = COLOURS[feedback == "sm"]
+        i = strategies.index(strategy)
+        label = f"{strategy}, {feedback}"
+        axes.plot(nfe, mean, color=colour, marker="os^Dvx"[i % 6], ls=["-", "--", ":"][i % 3],
+            lw=1.2, ms=5, label=label)  # fmt: skip
+        axes.fill_between(nfe, mean - spread, mean + spread, color=colour, alpha=0.2, lw=0)
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter(lambda v, _: f"{v:g}")
+    axes.set(xlabel="NFE", ylabel=measure)
+    axes.legend(frameon=False, fontsize=8)
+    _save(figure, file)
 
 
 def plot_tradeoff(points: list[dict], quality: str, file: str) -> None:
     """Quality against speed (figure 4): a dot each of `points`, {"network", "decoding", "label",
     "speed" in tokens a second, "quality", "error"}; a colour a network, a sign a way of decoding,
     whose dots are joined. SVG or PNG by the name."""
-    import matplotlib  # slow to import, and most runs draw nothing
+    figure, axes = _figure(7.2, 4.6)
+    from matplotlib import ticker
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot, ticker
-
-    matplotlib.rcParams["svg.hashsalt"] = "same points, same file"
-    figure, axes = pyplot.subplots(figsize=(7.2, 4.6), layout="constrained")
     networks, decodings = (
         list(dict.fromkeys(point[key] for point in points)) for key in ("network", "decoding")
     )
@@ -202,7 +203,99 @@ def plot_tradeoff(points: list[dict], quality: str, file: str) -> None:
     axes.set_xlabel("tokens a second")
     axes.set_ylabel(quality)
     axes.grid(alpha=0.3, which="both")
-    axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, fontsize=8)
-    figure.savefig(file, metadata={"Date": None} if file.endswith(".svg") else None)
-    pyplot.close(figure)
+    _save(figure, file)
+
+
+# The command line
+
+
+def draw_curves(args: argparse.Namespace) -> None:
+    plot_curves(args.runs, args.out, args.omegas)
+
+
+def draw_lambda(args: argparse.Namespace) -> None:
+    """Of checkpoints, or of omegas; the entropies are those of the first checkpoint's network."""
+    omegas, entropies, most = {}, np.zeros(0), math.log(50258)  # GPT-2's vocabulary
+    for place in args.ckpt:
+        state = load_checkpoint(place, "--ckpt")
+        softmask = build_softmask(state)
+        if softmask is None:
+            raise ValueError(f"--ckpt {place}: a binary model has no lambda")
+        omegas[place] = tuple(list(softmask.omegas().values())[:3])
+        if not len(entropies):
+            entropies, most = held_out_entropies(state, args.cache)
+    for text in args.omegas:
+        try:
+            s, a, b = map(float, text.split(","))
+        except ValueError:
+            raise ValueError(f"--omegas {text}: omega_s,omega_a,omega_b") from None
+        omegas[text] = s, a, b
+    if not omegas:
+        raise ValueError("--ckpt or --omegas: of what?")
+    plot_lambda(omegas, entropies, most, args.out)
+
+
+@torch.no_grad()
+def held_out_entropies(state: dict, cache: str) -> tuple[np.ndarray, float]:
+    """H(p) in nats at the masked positions of 64 held-out blocks at all times, with plain masks;
+    and the most it can be."""
+    model = build_model(state, ema=True).eval()
+    corpus = open_corpus(state["args"]["data"], state["tokenizer"], cache)
+    x0 = corpus.blocks("val", state["args"]["block_size"] or model.config.block_size, 64)
+    g = generator(0)
+    t = antithetic_times(torch.rand(len(x0), generator=g), 1e-3, 1.0)
+    found = negative_entropies(model, x0, t, torch.rand(x0.shape, generator=g))
+    return -found.float().numpy(), math.log(model.vocab_size)
+
+
+def draw_quality(args: argparse.Namespace) -> None:
+    """From the files of `evaluate.py gen --json`."""
+    rows = []
+    for file in args.scores:
+        try:
+            found = json.loads(Path(file).read_text())["rows"]
+            rows += [row for row in found if "nfe" in row and row[args.measure] is not None]
+        except (ValueError, KeyError, TypeError, RecursionError):
+            raise ValueError(f"{file}: no {args.measure!r} of evaluate.py gen --json") from None
+    if not rows:
+        raise ValueError("no samples that say their NFE, which sample.py --out writes")
+    plot_quality(rows, args.measure, args.out)
+
+
+def parser() -> Parser:
+    p = Parser(description="Pictures of runs and decodings.")
+    commands = p.add_subparsers(required=True, metavar="what")
+    # fmt: off
+
+    def command(name: str, main, about: str, out: str = "the picture, SVG or PNG"):
+        c = commands.add_parser(name, help=about)
+        c.set_defaults(main=main)
+        if out:
+            c.add_argument("--out", required=True, help=f"{out}; one that is there is replaced")
+        return c.add_argument
+
+    add = command("curves", draw_curves, "training curves (figures 3 and 6)")
+    add("runs", nargs="+", help="folders of runs; those that differ in a last -number are seeds")
+    add("--omegas", action="store_true", help="all omegas in place of the perplexity")
+    add = command("lambda", draw_lambda, "lambda against entropy (Eq. 2)")
+    add("--ckpt", nargs="*", default=[], help="of these networks, with the first one's entropies")
+    add("--omegas", nargs="*", default=[], help="of these omega_s,omega_a,omega_b")
+    add("--cache", default="corpora", help="folder of tokenized corpora")
+    add = command("quality", draw_quality, "the quality of samples against NFE (table 1)")
+    add("scores", nargs="+", help="files of evaluate.py gen --json")
+    add("--measure", default="3-grams", help="a column: 3-grams, entropy, mauve, gen_ppl, ...")
+    add = command("page", write_page, "traces side by side, to step through", "the HTML file")
+    add("traces", nargs="+", help="files of sample.py --trace", metavar="TRACE")
+    add("--sample", type=int, default=0, help="the sample of every trace")
+    add = command("position", tell_position, "how one mask softens, in numbers", "")
+    add("trace", help="a file of sample.py --trace")
+    add("position", type=int, help="of the text, from 0")
+    add("--sample", type=int, default=0, help="of the trace")
+    # fmt: on
+    return p
+
+
+if __name__ == "__main__":
+    args = parser().parse_args()
+    run(args.main, args)

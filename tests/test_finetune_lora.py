@@ -767,7 +767,7 @@ def logits(network):
 def test_a_run_leaves_an_adapter_a_checkpoint_and_metrics(go, capsys):
     folder = go()
     assert sorted(os.listdir(folder)) == sorted(
-        [*WRITTEN, "ckpt.pt", "metrics.jsonl", "softmask.json"]
+        [*WRITTEN, "ckpt.pt", "curves.svg", "metrics.jsonl", "softmask.json"]
     )
     assert [e["step"] for e in validations(folder)] == [0, 4, 8]
     assert all(e["val_nelbo_2pass"] > 0 for e in validations(folder))

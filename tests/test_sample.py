@@ -15,8 +15,8 @@ from published import write_dream, write_tokenizer
 
 import data
 import sample
+import tracing
 import train
-import viz
 from model import DREAM_SIZES, Dream, DreamConfig
 
 
@@ -288,7 +288,7 @@ def test_chat_in_a_terminal_shows_the_answer_forming_and_leaves_it_clean(folder)
         folder, [(b"> ", b"hello\n"), (b"\x1b[?25h", b""), (b"> ", b"\x04")]
     )
     assert status == 0
-    assert viz.MASK_SIGN in shown or "\x1b[38;5;" in shown
+    assert tracing.MASK_SIGN in shown or "\x1b[38;5;" in shown
     assert shown.count("\x1b[?25l") == shown.count("\x1b[?25h") == 1, "the cursor is back"
     assert shown.rindex("\x1b[0m") > shown.rindex("\x1b[38;5;")
 

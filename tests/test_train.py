@@ -68,7 +68,7 @@ def assert_same_run(a, b):
 
 def test_sm_run_writes_checkpoint_omegas_and_metrics(go, capsys):
     folder = go("--sm", "--sm-start", "3")
-    assert sorted(os.listdir(folder)) == ["ckpt.pt", "metrics.jsonl", "softmask.json"]
+    assert sorted(os.listdir(folder)) == ["ckpt.pt", "curves.svg", "metrics.jsonl", "softmask.json"]
     omegas = json.loads((folder / "softmask.json").read_text())
     assert omegas["k"] == 2 and omegas["step"] == 8
     assert 0 < omegas["omega_s"] < 1 and omegas["omega_a"] > 0 > omegas["omega_b"]
@@ -86,7 +86,7 @@ def test_sm_run_writes_checkpoint_omegas_and_metrics(go, capsys):
 
 def test_binary_run_has_no_omegas(go):
     folder = go()
-    assert sorted(os.listdir(folder)) == ["ckpt.pt", "metrics.jsonl"]
+    assert sorted(os.listdir(folder)) == ["ckpt.pt", "curves.svg", "metrics.jsonl"]
     assert checkpoint(folder)["softmask"] is None
     assert all("omega_s" not in e and "val_nelbo_2pass" not in e for e in lines(folder))
 
