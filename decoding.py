@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from model import Cache
-from runtime import autocast, generator
+from runtime import autocast, generator, give_back_memory
 from softmask import (
     Feedback,
     SoftMask,
@@ -29,6 +29,7 @@ from softmask import (
     join,
     noise_level,
     pick,
+    put,
     schedule_scale,
     top_k,
 )
@@ -409,6 +410,8 @@ def generate(
                         tell(entry)
                 if on_step is not None:
                     on_step(before + i, x)
+                if x.device.type == "cpu":
+                    give_back_memory()
             before += len(times) - 1
         rest = (x == model.mask_id).flatten().nonzero()[:, 0]
         if len(rest):
@@ -492,14 +495,16 @@ def _draw_at(model, hidden, rows, how, generators, length: int) -> tuple[Tensor,
     """Tokens and their probabilities at `rows` (N,): only they meet the vocabulary."""
     if not len(rows):
         return rows, torch.zeros(0, device=rows.device)
-    parts = []
-    for part in rows.split(chunk_rows(model.vocab_size)):
-        z = model.logits(hidden[part])
-        z = at_least_float32(z) if z.device.type == "mps" else z.double()
+    exact = torch.float32 if rows.device.type == "mps" else torch.float64
+    tokens, p = torch.empty_like(rows), rows.new_empty(len(rows), dtype=exact)
+    size = chunk_rows(model.vocab_size)
+    for at in range(0, len(rows), size):
+        part = rows[at : at + size]
+        z = at_least_float32(model.logits(hidden[part])).to(exact)
         own = [generators[i] for i in (part // length).tolist()]
-        parts.append(draw(*candidates(z, model.mask_id, how), how.temperature, own))
-    tokens, p = zip(*parts)
-    return torch.cat(tokens), torch.cat(p)
+        drawn = draw(*candidates(z, model.mask_id, how), how.temperature, own)
+        tokens[at : at + size], p[at : at + size] = drawn
+    return tokens, p
 
 
 def _by_chance(masked, drawn, prob, how, generators, attend, t, s, last) -> tuple[Tensor, Tensor]:
@@ -522,24 +527,28 @@ def _by_confidence(model, hidden, masked, how, softmask, generators, attend, t, 
     and the feedback of all masked positions, for which one meeting with the vocabulary serves.
     """
     rows = masked.flatten().nonzero()[:, 0]
-    sure, tokens, seen = [], [], []
-    for part in rows.split(chunk_rows(model.vocab_size)):
+    draws = how.name == "maskgit_plus" or how.threshold is not None
+    tokens, sure, seen = torch.empty_like(rows) if draws else None, None, None
+    size = chunk_rows(model.vocab_size)
+    for at in range(0, len(rows), size):
+        part = rows[at : at + size]
         z = at_least_float32(model.logits(hidden[part]))
         if softmask is not None:
-            seen.append(softmask.reduce(z, model.embedding))
+            seen = put(seen, softmask.reduce(z, model.embedding), at, len(rows))
         ids, p = candidates(z, model.mask_id, how)
         drawn = None
-        if how.name == "maskgit_plus" or how.threshold is not None:
+        if draws:
             own = [generators[i] for i in (part // masked.shape[1]).tolist()]
-            token, drawn = draw(ids, p, how.temperature, own)
-            tokens.append(token)
-        sure.append(drawn if how.threshold is not None else confidence(how.name, p, drawn))
-    score = torch.full(masked.shape, -math.inf, dtype=sure[0].dtype, device=masked.device)
-    score[masked] = torch.cat(sure)
+            tokens[at : at + size], drawn = draw(ids, p, how.temperature, own)
+        found = drawn if how.threshold is not None else confidence(how.name, p, drawn)
+        sure = found.new_empty(len(rows)) if sure is None else sure
+        sure[at : at + size] = found
+    score = torch.full(masked.shape, -math.inf, dtype=sure.dtype, device=masked.device)
+    score[masked] = sure
     if how.threshold is not None:
         best = torch.zeros_like(masked).scatter_(1, score.argmax(1, keepdim=True), True)
         opens = masked & (best | (score >= how.threshold))
-        return opens, torch.cat(tokens)[opens[masked]], join(seen) if seen else None
+        return opens, tokens[opens[masked]], seen
     if how.alg_temp > 0:  # Gumbel's top n: n draws without replacement from the softmax
         u = _noise(generators, masked, attend).to(score.device)
         score = score.double() / how.alg_temp - torch.log(-torch.log(u))
@@ -550,8 +559,7 @@ def _by_confidence(model, hidden, masked, how, softmask, generators, attend, t, 
     order = score.argsort(dim=-1, descending=True, stable=True)  # ties: the lowest position first
     ranks = torch.arange(masked.shape[1], device=masked.device).expand_as(order)
     opens = masked & (torch.empty_like(order).scatter_(1, order, ranks) < n[:, None])
-    tokens = torch.cat(tokens)[opens[masked]] if tokens else None
-    return opens, tokens, join(seen) if seen else None
+    return opens, tokens[opens[masked]] if draws else None, seen
 
 
 # Answers to prompts

@@ -83,6 +83,27 @@ def keep_freed_memory() -> None:
         libc.mallopt(-8, 1)  # M_ARENA_MAX: the backward thread reuses what the forward freed
 
 
+def give_back_memory(unused: int = 2**31) -> None:
+    """Give freed memory back to the kernel once more than `unused` bytes of it are kept.
+
+    Blocks of ever other sizes, as in decoding, leave gaps between them that nothing fits in.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallinfo2.restype = _Mallinfo
+        with open("/proc/self/statm") as f:
+            _, resident, shared, *_ = map(int, f.read().split())
+        if (resident - shared) * os.sysconf("SC_PAGE_SIZE") - libc.mallinfo2().uordblks > unused:
+            libc.malloc_trim(0)
+
+
+class _Mallinfo(ctypes.Structure):  # glibc's mallinfo2
+    _fields_ = [(name, ctypes.c_size_t) for name in (
+        "arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks",
+        "fordblks", "keepcost",
+    )]  # fmt: skip
+
+
 def generator(seed: int) -> torch.Generator:
     """A CPU generator: the same numbers whatever the device of the model."""
     return torch.Generator().manual_seed(seed)

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -131,3 +132,27 @@ def test_rng_state_round_trips():
     a = torch.rand(3)
     runtime.set_rng(state, device)
     assert torch.equal(a, torch.rand(3))
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc's allocator, Linux's /proc")
+def test_memory_between_small_blocks_is_given_back_beyond_a_limit():
+    program = """if True:
+        import torch, runtime
+        runtime.keep_freed_memory()
+        held = lambda: runtime.memory(torch.device("cpu"), reset=True) >> 20
+        start, kept, large = held(), [], []
+        for i in range(20):
+            large.append(torch.ones(2**22))  # 16 MiB each
+            kept.append(torch.ones(2**12))
+        large.clear()
+        runtime.give_back_memory()
+        between = held() - start
+        runtime.give_back_memory(unused=2**27)
+        print(between, held() - start, all(bool((t == 1).all()) for t in kept))
+    """
+    root = Path(runtime.__file__).parent
+    out = subprocess.run(
+        [sys.executable, "-c", program], cwd=root, capture_output=True, text=True, check=True
+    )
+    before, after, whole = out.stdout.split()
+    assert int(before) > 300 > 100 > int(after) and whole == "True"
