@@ -39,6 +39,7 @@ ANCESTRAL = ("mdlm", "remdm-cap", "remdm-rescale", "remdm-conf", "remdm-loop", "
 ORDERS = ("maskgit_plus", "topk_margin", "entropy")  # Dream's, by confidence
 DREAM = ("origin", *ORDERS)
 CACHES = ("none", "prefix", "dual")
+NO_NUMBERS = "the network's predictions are not numbers: damaged weights, or try --dtype float32"
 MOST_STEPS = 10**6  # of a strategy that may take more steps than there are masks
 ETA = {"remdm-cap": 0.04, "remdm-rescale": 0.015, "remdm-loop": 0.02}  # ReMDM's own numbers
 
@@ -504,6 +505,8 @@ def _draw_at(model, hidden, rows, how, generators, length: int) -> tuple[Tensor,
         own = [generators[i] for i in (part // length).tolist()]
         drawn = draw(*candidates(z, model.mask_id, how), how.temperature, own)
         tokens[at : at + size], p[at : at + size] = drawn
+    if p.isnan().any():
+        raise ValueError(NO_NUMBERS)
     return tokens, p
 
 
@@ -543,6 +546,8 @@ def _by_confidence(model, hidden, masked, how, softmask, generators, attend, t, 
         found = drawn if how.threshold is not None else confidence(how.name, p, drawn)
         sure = found.new_empty(len(rows)) if sure is None else sure
         sure[at : at + size] = found
+    if sure.isnan().any():
+        raise ValueError(NO_NUMBERS)
     score = torch.full(masked.shape, -math.inf, dtype=sure.dtype, device=masked.device)
     score[masked] = sure
     if how.threshold is not None:

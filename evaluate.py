@@ -13,7 +13,10 @@ scored by `tasks.py` and `sandbox.py`, and set in the paper's table 2.
 """
 
 import argparse
+import hashlib
 import json
+import math
+import os
 import re
 import statistics
 import sys
@@ -35,8 +38,10 @@ from runtime import (
     join_world,
     progress,
     run,
+    writable_files,
     writable_folder,
 )
+from weights import checkpoint_file, read_adapter
 
 PAPER_BUDGETS = ("1/4", "1/2", "1/1")  # steps / tokens, of table 2
 
@@ -45,7 +50,8 @@ def benchmark(args: argparse.Namespace) -> int:
     """Have a benchmark's problems answered, or read the answers, and score them."""
     generates = args.completions is None
     check(args, generates)
-    problems = tasks.read_problems(args.task, args.data, args.full_tests)[: args.limit]
+    all_problems = tasks.read_problems(args.task, args.data, args.full_tests)
+    problems = all_problems[: args.limit]
     if generates:
         answered, world = respond_all(args, problems)
         world.leave()
@@ -55,7 +61,11 @@ def benchmark(args: argparse.Namespace) -> int:
         answered = [({"task": args.task, "file": args.completions}, args.completions)]
     scores, verdicts = [], []
     for about, file in answered:
-        found = completions(args, problems, file)
+        found = tasks.read_completions(file, all_problems)
+        found = {p.task_id: found[p.task_id] for p in problems if p.task_id in found}
+        if generates:  # a file may hold more, of an earlier run that asked for them
+            found = {task_id: texts[: args.samples] for task_id, texts in found.items()}
+        check_completions(args, problems, found, file)
         scores.append(about | score(args, problems, found, verdicts, about))
         print(described(scores[-1]), flush=True)
     if args.save:
@@ -77,22 +87,37 @@ def check(args: argparse.Namespace, generates: bool) -> None:
             "machine from them); to have them run, give --allow-code-execution; --generate-only "
             "leaves them for later"
         )
-    for name in ("samples", "pass_at", "limit", "batch_size", "new_tokens"):
+    sample.check_decoding(args)
+    for name in ("samples", "pass_at", "limit", "new_tokens"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: at least 1")
     if generates and args.pass_at > args.samples:
         raise ValueError(
             f"--pass-at {args.pass_at}: 1 to the --samples {args.samples} of each problem"
         )
-    if not generates and args.generate_only:
-        raise ValueError("--generate-only: not with --completions, which are there")
-    for name in ("model", "adapters", "seeds"):
-        values = getattr(args, name) or []
+    if args.generate_only and (args.completions or args.json or args.save):
+        raise ValueError("--generate-only: without --completions, --json and --save")
+    if not generates and os.environ.get("WORLD_SIZE", "1") != "1":
+        raise ValueError("--completions: scored in one process; start it without torchrun")
+    if args.both and args.no_sm:
+        raise ValueError("--both: without --no-sm")
+    if args.task in tasks.PROGRAMS and not 0 < args.timeout < math.inf:
+        raise ValueError(f"--timeout {args.timeout:g}: seconds above 0")
+    places = {
+        "--model": [checkpoint_file(name).resolve() for name in args.model],
+        "--adapter": [Path(name).resolve() for name in args.adapters or []],
+        "--seeds": args.seeds,
+    }
+    for flag, values in places.items():
         if len(set(values)) < len(values):
-            raise ValueError(f"--{name.removesuffix('s')}: one of them is given twice")
-    for name in ("json", "save"):
-        if getattr(args, name):
-            writable_folder(Path(getattr(args, name)).parent, f"--{name}")
+            raise ValueError(f"{flag}: one of them is given twice")
+    for name in args.adapters or []:
+        read_adapter(name, "--adapter")
+    for name in args.model:  # before hours of the first one's answers
+        if name.startswith((".", "/", "~")) and not Path(name).exists():
+            raise FileNotFoundError(f"--model {name}: no such file or folder")
+    outputs = {"--json": args.json, "--save": args.save}
+    writable_files(outputs, [args.data, args.completions])
 
 
 def respond_all(args: argparse.Namespace, problems: list) -> tuple[list, World]:
@@ -113,12 +138,14 @@ def respond_all(args: argparse.Namespace, problems: list) -> tuple[list, World]:
         if args.both and writer.softmask is not None:
             writers.append(("binary", writer._replace(softmask=None)))
         for (feedback, one), (name, nfe, how), seed in product(writers, ways, args.seeds):
-            model = adapter or ckpt
+            model = ckpt if adapter is None else f"{ckpt} {adapter}"
             about = {"task": args.task, "model": model, "feedback": feedback, "budget": name}
-            words = [args.task, model.strip("./"), feedback, name, str(seed)]
+            # Readable, and of each network its own: many are called adapter or ckpt.pt.
+            digest = hashlib.sha256(model.encode()).hexdigest()[:8]
+            words = [args.task, Path(adapter or ckpt).name[:40], digest, feedback, name, str(seed)]
             file = folder / (re.sub(r"[^\w.+]+", "_", "-".join(words)) + ".jsonl")
-            run = [*settings, feedback, repr(how), tokens, nfe, seed, list(prompts.items())]
-            samples = Samples(file, run, world)
+            decided = [*settings, feedback, repr(how), tokens, nfe, seed, list(prompts.items())]
+            samples = Samples(file, decided, world)
             write_answers(args, one, samples, prompts, tokens, nfe, how, seed)
             answered.append((about | {"seed": f"{model} {seed}"}, file))
     return answered, world
@@ -139,15 +166,15 @@ def decodings(args: argparse.Namespace, tokens: int) -> list[tuple[str, int, Str
 
 
 def prompts_of(writer: sample.Writer, problems: list, tokens: int) -> dict:
-    """The ids of each problem's prompt, the shortest first; ValueError where one leaves no room for
-    an answer of `tokens`."""
+    """Each problem's place in the benchmark and the ids of its prompt, the shortest first;
+    ValueError where one leaves no room for an answer of `tokens`."""
     system = () if writer.system is None else (writer.system,)
     prompts = {
-        p.task_id: chat_ids(writer.tokenizer, tasks.messages(p), *system, begin=p.begins)
-        for p in problems
+        p.task_id: (i, chat_ids(writer.tokenizer, tasks.messages(p), *system, begin=p.begins))
+        for i, p in enumerate(problems)
     }
-    prompts = dict(sorted(prompts.items(), key=lambda item: len(item[1])))
-    longest, limit = len(list(prompts.values())[-1]), writer.model.config.block_size
+    prompts = dict(sorted(prompts.items(), key=lambda item: len(item[1][1])))
+    longest, limit = len(list(prompts.values())[-1][1]), writer.model.config.block_size
     if longest + tokens > limit:
         raise ValueError(
             f"a prompt of {longest} tokens and an answer of {tokens}: the network takes {limit}; "
@@ -157,7 +184,8 @@ def prompts_of(writer: sample.Writer, problems: list, tokens: int) -> dict:
 
 
 def write_answers(args, writer, samples: Samples, prompts: dict, tokens, nfe, how, seed) -> None:
-    """--samples answers to each prompt: sample i is of problem i modulo their number."""
+    """--samples answers to each prompt: sample i is of problem i modulo their number, and depends
+    on the problem's place in the benchmark, not on which others are asked."""
     ids, total = list(prompts), args.samples * len(prompts)
     left = max(0, total - samples.done) * nfe
     with progress(total=left, desc=samples.path.stem, unit=" steps") as bar:
@@ -165,8 +193,11 @@ def write_answers(args, writer, samples: Samples, prompts: dict, tokens, nfe, ho
         def make(numbers: range) -> list[dict]:
             whose = [ids[i % len(ids)] for i in numbers]
             answers, _ = writer.respond(
-                [prompts[task_id] for task_id in whose], tokens, nfe, how,
-                seeds=[seed_of(seed, i) for i in numbers],
+                [prompts[task_id][1] for task_id in whose], tokens, nfe, how,
+                seeds=[
+                    seed_of(seed_of(seed, prompts[task_id][0]), i // len(ids))
+                    for task_id, i in zip(whose, numbers)
+                ],
                 on_step=lambda i, x: bar.update(len(x) * samples.world.size),
             )  # fmt: skip
             texts = [answer(writer.tokenizer, a) for a in answers]
@@ -175,21 +206,19 @@ def write_answers(args, writer, samples: Samples, prompts: dict, tokens, nfe, ho
         samples.fill(total, args.batch_size, make)
 
 
-def completions(args: argparse.Namespace, problems: list, file: str | Path) -> dict:
-    """The completions in a file, of which each problem must have --pass-at."""
-    found = tasks.read_completions(file, problems)
+def check_completions(args: argparse.Namespace, problems: list, found: dict, file) -> None:
+    """ValueError where a problem has none of the completions found, or fewer than --pass-at."""
     without = [problem.task_id for problem in problems if problem.task_id not in found]
     if without and not args.partial:
         raise ValueError(
             f"{file}: {len(without)} of {len(problems)} problems have no completion, "
             f"the first {without[0]!r}; add them, or score the others with --partial"
         )
-    fewest = min(map(len, found.values()))
+    fewest = min(map(len, found.values()), default=0)
     if args.pass_at > fewest:
         raise ValueError(
             f"--pass-at {args.pass_at}: 1 to the {fewest} completions that each problem has"
         )
-    return found
 
 
 def score(args: argparse.Namespace, problems: list, found: dict, verdicts: list, about) -> dict:
@@ -211,15 +240,19 @@ def score(args: argparse.Namespace, problems: list, found: dict, verdicts: list,
         f"pass@{k}": statistics.mean(tasks.pass_at_k(len(r), sum(r), k) for r in right.values())
         for k in sorted({1, args.pass_at})
     }
-    return {"problems": len(right), "completions": len(rows), "score": scores["pass@1"], **scores}
+    late = {"timed out": sum(result.get("status") == "timed out" for result in results)}
+    counts = {"problems": len(right), "completions": len(rows)} | (late if rows[0][0].tests else {})
+    return counts | {"score": scores["pass@1"], **scores}
 
 
 def described(score: dict) -> str:
     """A line about a score."""
     names = [score[n] for n in ("model", "feedback") if n in score]
-    names += [f"budget {score['budget']}"] if "budget" in score else []
+    if "seed" in score:  # that of decoding stands last in it
+        names += [f"budget {score['budget']}", f"seed {score['seed'].split()[-1]}"]
     passes = ", ".join(f"{n} {v:.4f}" for n, v in score.items() if n.startswith("pass@"))
     counts = f"{score['problems']} problems, {score['completions']} completions"
+    counts += f", {score['timed out']} timed out" if score.get("timed out") else ""
     return f"{', '.join([tasks.TASKS[score['task']].title, *names])}: {passes} of {counts}"
 
 
@@ -246,16 +279,13 @@ def tabulate(args: argparse.Namespace) -> None:
             found = json.loads(Path(file).read_text())
             if not (isinstance(found, list) and found):
                 raise ValueError
-            scores += [
-                {name: s[name] for name in ("task", "budget", "feedback", "seed", "score")}
-                for s in found
-            ]
+            scores += [{name: s[name] for name in tasks.SCORE} for s in found]
         except (ValueError, KeyError, TypeError, RecursionError):
             what = "scores that --json of a benchmark wrote, of answers it had generated"
             raise ValueError(f"{file}: not {what}") from None
     rows = tasks.summary(scores)
+    writable_files({"--json": args.json}, args.scores)
     if args.json:
-        writable_folder(Path(args.json).parent, "--json")
         with atomic_write(args.json, "w") as f:
             json.dump(rows, f, indent=1)
     print(tasks.table(rows, args.markdown), end="")

@@ -17,6 +17,7 @@ import contextlib
 import difflib
 import json
 import logging
+import math
 import os
 import sys
 from collections import Counter
@@ -30,8 +31,8 @@ from chat import answer, chat_ids
 from data import encode
 from decoding import Strategy, seed_of
 from model import Dream
-from runtime import Samples, atomic_write, progress, writable_folder
-from sample import Writer, decoding_flags, load, steps_of, strategy_of
+from runtime import Samples, atomic_write, progress, writable_files
+from sample import Writer, check_decoding, decoding_flags, load, steps_of, strategy_of
 
 NEW_TOKENS = 256  # of a task that does not say, as in the harness
 LIMITS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
@@ -229,19 +230,14 @@ def check(args: argparse.Namespace) -> None:
     """ValueError for flags that cannot be, before anything is loaded."""
     if os.environ.get("WORLD_SIZE", "1") != "1":
         raise ValueError("lm-eval: runs in one process; start it without torchrun")
-    if args.batch_size < 1:
-        raise ValueError(f"--batch-size {args.batch_size}: from 1")
-    if not 0 <= args.sm_switch <= 1:
-        raise ValueError(f"--sm-switch {args.sm_switch}: between 0 and 1")
-    if args.limit is not None and not args.limit > 0:
+    check_decoding(args)
+    if args.limit is not None and not 0 < args.limit < math.inf:
         raise ValueError(f"--limit {args.limit}: documents, or a share of them below 1")
     if args.num_fewshot is not None and args.num_fewshot < 0:
         raise ValueError(f"--num-fewshot {args.num_fewshot}: from 0")
     if args.include_path and not Path(args.include_path).is_dir():
         raise ValueError(f"--include-path {args.include_path}: no such folder")
-    for name in ("out", "json", "log_samples"):
-        if getattr(args, name):
-            writable_folder(Path(getattr(args, name)).parent, f"--{name.replace('_', '-')}")
+    writable_files({"--out": args.out, "--json": args.json, "--log-samples": args.log_samples})
     plan(args, args.new_tokens or NEW_TOKENS)
 
 

@@ -173,6 +173,8 @@ def mauve(p: np.ndarray, q: np.ndarray, seeds: int, scaling: float, bar) -> tupl
     for seed in range(FIRST_SEED, FIRST_SEED + seeds):
         with quiet():
             found = package.compute_mauve(p, q, mauve_scaling_factor=scaling, seed=seed)
+        if not np.isfinite(found.mauve):
+            raise ValueError(f"--mauve-scaling {scaling:g}: MAUVE is no number with it")
         scores.append(float(found.mauve))
         bar.update()
     return scores, found.num_buckets

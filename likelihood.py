@@ -7,6 +7,7 @@ may have clean context before the tokens that count (--stride), and may end wher
 
 import argparse
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -15,11 +16,11 @@ import numpy as np
 import torch
 
 from data import Corpus, open_corpus, token_bytes
-from runtime import atomic_write, generator, pick_device, pick_dtype, writable_folder
+from runtime import atomic_write, generator, pick_device, pick_dtype, writable_files
 from softmask import SoftMask
 from train import EVAL_BATCH, bits_per_byte, in_batches
 from training import EVAL_SEED, Batch, batch_sums, mean_and_error, perplexity
-from weights import build_model, build_softmask, load_checkpoint
+from weights import build_model, build_softmask, checkpoint_file, load_checkpoint
 
 
 class Candidate(NamedTuple):
@@ -37,8 +38,7 @@ def ppl(args: argparse.Namespace) -> None:
     dtype = pick_dtype(args.dtype, device)
     if args.batches is not None and args.batches < 1:
         raise ValueError(f"--batches {args.batches}: at least 1")
-    if args.json:
-        writable_folder(str(Path(args.json).parent), "--json")
+    writable_files({"--json": args.json}, [args.data, *args.ckpt])
     candidates = read_candidates(args)
     corpus, batches, text = read_text(args, candidates)
     tokens = torch.cat([x0[rest[0]] if rest else x0.flatten() for x0, *rest in batches])
@@ -50,6 +50,10 @@ def ppl(args: argparse.Namespace) -> None:
             sm = softmask.to(device) if passes == 2 else None
             # One mask a window at least would loosen the bound, of one token by ln 1000 times.
             sums, counts = batch_sums(model, batches, sm, device, dtype, at_least_one=False)
+            if not all(map(math.isfinite, sums)):
+                raise ValueError(
+                    f"--ckpt {name}: its loss is not a number; damaged weights, or --dtype float32"
+                )
             rows.append({"checkpoint": name, "passes": passes} | likelihood(sums, counts, ratio))
             if first is not None:
                 rows[-1] |= named("difference", *paired(sums, first, counts))
@@ -61,15 +65,14 @@ def ppl(args: argparse.Namespace) -> None:
     )
     print("\n".join(ppl_table(rows, args.markdown)))
     if args.json:
-        text["rows"] = [{k: None if v != v else v for k, v in row.items()} for row in rows]  # NaN
+        text["rows"] = [{k: finite(v) for k, v in row.items()} for row in rows]
         with atomic_write(args.json, "w") as f:
             json.dump(text, f)
 
 
 def read_candidates(args: argparse.Namespace) -> list[Candidate]:
     """The checkpoints of --ckpt; ValueError where they cannot be put side by side."""
-    places = [Path(name).resolve() for name in args.ckpt]
-    places = [p / "ckpt.pt" if (p / "ckpt.pt").is_file() else p for p in places]
+    places = [checkpoint_file(name).resolve() for name in args.ckpt]
     for i, name in enumerate(args.ckpt):
         if places[i] in places[:i]:
             raise ValueError(f"--ckpt {name}: named twice")
@@ -213,6 +216,11 @@ def paired(sums: list[float], first: list[float], counts: list[int]) -> tuple[fl
     """Nats a token more than the first model's, and their standard error: texts, times and masks
     are the same, and what they add to both cancels."""
     return mean_and_error([a - b for a, b in zip(sums, first, strict=True)], counts)
+
+
+def finite(value):
+    """A number that JSON has, else None."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def named(name: str, value: float, error: float) -> dict[str, float]:

@@ -26,12 +26,12 @@ import sample
 from data import decode, open_corpus, vocab_size
 from decoding import Strategy, generate, seed_of
 from judge import FIRST_SEED, Judge, judge_texts, load_judge, mauve, optional, read_features
-from runtime import atomic_write, pick_device, pick_dtype, progress, writable_folder
+from runtime import atomic_write, pick_device, pick_dtype, progress, writable_files, writable_folder
 from viz import plot_tradeoff
 from weights import build_model, build_softmask, load_checkpoint
 
 PAPER_SAMPLES = 5008  # appendix A.1
-HOW = ("strategy", "nfe", "feedback")  # what a sample says of its decoding
+HOW = {"strategy": str, "nfe": int, "feedback": str}  # what a sample says of its decoding
 TRAINING, HELD_OUT = "(training text)", "(held-out text)"
 
 
@@ -96,7 +96,7 @@ def read_samples(path: str, size: int) -> tuple[np.ndarray, dict]:
             if not good or (rows and len(ids) != len(rows[0])) or len(ids) < 3:
                 what = f"3 or more ids below {size}, as many as in the first line"
                 raise ValueError(f'{path}:{i}: no sample of sample.py\'s: "ids" with {what}')
-            about = about or {key: entry[key] for key in HOW if key in entry}
+            about = about or {k: v for k, v in entry.items() if type(v) is HOW.get(k)}
             rows.append(ids)
     if not rows:
         raise ValueError(f"{path}: no samples in it")
@@ -145,8 +145,10 @@ def check_gen(args: argparse.Namespace) -> None:
             raise ValueError("--save-features: two samples files would write one .npy; rename one")
         if args.features and args.reference_features:
             raise ValueError("--save-features: all features are given; there are none to write")
-    if args.json:
-        writable_folder(Path(args.json).parent, "--json")
+    given = [*args.samples, *(args.features or []), args.reference_features, args.data]
+    writable_files({"--out": args.out, "--json": args.json}, given)
+    if len({Path(path).resolve() for path in args.samples}) < len(args.samples):
+        raise ValueError("a file of samples is named twice")
 
 
 def feature_file(name: str) -> str:
@@ -323,8 +325,9 @@ def tradeoff(args: argparse.Namespace) -> None:
     for share in (*args.budgets, *args.thresholds):
         if not 0 < share <= 1:
             raise ValueError(f"--budgets and --thresholds: {share:g} is not above 0, at most 1")
-    if args.picture:
-        writable_folder(Path(args.picture).parent, "--picture")
+    writable_files({"--picture": args.picture})
+    if args.picture and not args.picture.endswith((".svg", ".png")):
+        raise ValueError(f"--picture {args.picture}: an .svg or .png file")
     ways = [("budget", share) for share in args.budgets]
     ways += [("threshold", share) for share in args.thresholds]
     points = []

@@ -262,6 +262,23 @@ def writable_folder(path: str, flag: str) -> Path:
     return folder
 
 
+def writable_files(files: dict[str, str | None], inputs: list | None = None) -> None:
+    """Prove that files {flag: path or None} can be written and take the place of nothing that is
+    needed: ValueError for a folder, for one of the `inputs`, or for one file twice."""
+    taken = {Path(path).resolve() for path in inputs or [] if path is not None}
+    for flag, path in files.items():
+        if path is None:
+            continue
+        if Path(path).is_dir():
+            raise ValueError(f"{flag} {path}: a folder; name a file")
+        if Path(path).resolve() in taken:
+            raise ValueError(
+                f"{flag} {path}: the same file as another of this command; name another"
+            )
+        taken.add(Path(path).resolve())
+        writable_folder(str(Path(path).parent), flag)
+
+
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """One process at a time is within; where the system has no file locks, every one is."""
@@ -313,7 +330,7 @@ class Samples:
     def __init__(self, path: str | Path | None, settings: list, world: World = ALONE):
         self.path, self.world = path and Path(path).resolve(), world
         self.run = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:12]
-        self.kept, self.done = [], 0
+        self.kept, self.done, self.size = [], 0, 0
         if not self.path or not self.path.exists():
             return
         if not self.path.is_file():
@@ -329,9 +346,9 @@ class Samples:
                 f"--out {path}: line {foreign[0] + 1} is not sample {foreign[0]} of this run; name "
                 "another file, or delete it"
             )
-        self.done = len(lines)
+        self.done, self.size = len(lines), sum(map(len, lines))
         if world.rank == 0 and torn:
-            os.truncate(self.path, sum(map(len, lines)))
+            os.truncate(self.path, self.size)
 
     @staticmethod
     def _of(line: bytes):
@@ -345,15 +362,40 @@ class Samples:
         """Up to `total` samples: make(numbers) gives a batch's entries; the processes of a job take
         batches in turns."""
         try:
-            while self.done < total:
-                first = min(self.done + self.world.rank * batch_size, total)
-                here = range(first, min(first + batch_size, total))
-                self._add(make(here) if here else [])
+            with self._alone() if self.done < total else contextlib.nullcontext():
+                while self.done < total:
+                    first = min(self.done + self.world.rank * batch_size, total)
+                    here = range(first, min(first + batch_size, total))
+                    self._add(make(here) if here else [])
         except KeyboardInterrupt:
             if self.path is not None:
                 note = f"{self.path} has {self.done} of {total}; the same command goes on"
                 print(note, file=sys.stderr)
             raise
+
+    @contextlib.contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Within, no other run writes the file; ValueError where one does, or has since."""
+        if self.path is None or self.world.rank > 0:
+            yield
+            return
+        try:
+            f = open(self.path, "a")
+        except OSError as error:
+            raise OSError(f"--out {self.path}: cannot be written ({error.strerror})") from None
+        with f:
+            try:
+                import fcntl
+
+                fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise ValueError(f"--out {self.path}: another run is writing it") from None
+            except (ImportError, OSError):
+                pass  # a system without file locks
+            if os.fstat(f.fileno()).st_size != self.size:
+                raise ValueError(f"--out {self.path}: another run wrote it just now; start again")
+            yield
+            self.size = os.fstat(f.fileno()).st_size
 
     def _add(self, entries: list[dict]) -> None:
         """The entries of all processes, in the order of their ranks."""

@@ -46,7 +46,7 @@ from runtime import (
     pick_dtype,
     progress,
     run,
-    writable_folder,
+    writable_files,
 )
 from softmask import SoftMask
 from tracing import TerminalView, TraceFile
@@ -140,17 +140,22 @@ def check(args: argparse.Namespace) -> None:
         raise ValueError(
             "--prompt and --infill: one of them; a text to infill may begin as you like"
         )
-    if args.num < 1 or args.batch_size < 1:
-        raise ValueError(f"--num {args.num} --batch-size {args.batch_size}: both from 1")
-    for name in ("out", "trace"):
-        if getattr(args, name):
-            writable_folder(Path(getattr(args, name)).parent, f"--{name}")
+    if args.num < 1:
+        raise ValueError(f"--num {args.num}: from 1")
+    check_decoding(args)
+    writable_files({"--out": args.out, "--trace": args.trace})
     if args.trace and Path(args.trace).exists():
         raise ValueError(f"--trace {args.trace}: it exists; name another file, or delete it")
-    if args.trace and args.out and Path(args.trace).resolve() == Path(args.out).resolve():
-        raise ValueError(f"--trace {args.trace}: the same file as --out")
+
+
+def check_decoding(args: argparse.Namespace) -> None:
+    """ValueError for values of `decoding_flags` that cannot be."""
+    if args.batch_size < 1:
+        raise ValueError(f"--batch-size {args.batch_size}: from 1")
     if not 0 <= args.sm_switch <= 1:
         raise ValueError(f"--sm-switch {args.sm_switch}: between 0 and 1")
+    if args.block_length is not None and args.block_length < 1:
+        raise ValueError(f"--block-length {args.block_length}: at least 1")
 
 
 class Writer(NamedTuple):
@@ -382,7 +387,7 @@ def decoding_flags(
     add("--reuse-unchanged", action="store_true",
         help="no new pass after a step in which no position changed, as the released sampler")
     add = p.add_argument_group("machine").add_argument
-    add("--batch-size", type=int, default=16)
+    add("--batch-size", type=int, default=16, help="texts that are decoded at once")
     add("--device", default="auto", help="auto, cuda, mps or cpu")
     add("--dtype", default="auto", help="auto, float32 or bfloat16")
     # fmt: on

@@ -60,6 +60,7 @@ HUB = {  # data set and configuration, its test split
 MBPP_TEST = range(11, 511)  # task_ids of the test split
 MATH_REQUEST = r"Please reason step by step, and put your final answer within \boxed{}."
 FEEDBACKS = ("binary", "sm")
+SCORE = ("task", "budget", "feedback", "seed", "score", "problems")  # what a table needs of a score
 KINDS = {str: "text", int: "whole number", list: "list of texts"}
 NO_PYTHON = (SyntaxError, ValueError, MemoryError, RecursionError)
 ONE_AT_A_TIME = threading.Lock()
@@ -159,6 +160,8 @@ def _problem(task: str, number: int, row: dict, full_tests: bool) -> Problem:
         kinds = dict(task_id=str, prompt=str, entry_point=str, test=str)
         task_id, prompt, name, test = _fields(row, **kinds)
         user = "Write a solution to the following problem and make sure that it passes the tests:"
+        if not test.strip():
+            raise ValueError('its "test" is empty')
         user, tests = f"{user}\n{FENCE}{prompt}", f"{test}\ncheck({name})\n"
         return Problem(task_id, user, f"{begins}{prompt}\n", prompt, name, tests)
     if task in ("mbpp", "mbpp+"):
@@ -169,6 +172,8 @@ def _problem(task: str, number: int, row: dict, full_tests: bool) -> Problem:
             kinds = dict(task_id=int, prompt=str, test_list=list, test_imports=list, test=str)
             task_id, text, asserts, imports, test = _fields(row, **kinds)
             tests = [*imports, test] if full_tests else [*imports, *asserts]
+        if not (full_tests and test.strip() if full_tests else any(map(str.strip, asserts))):
+            raise ValueError("it has no tests")
         user = (
             f"You are an expert Python programmer, and here is your task: {text} Your code should"
         )
@@ -182,6 +187,8 @@ def _problem(task: str, number: int, row: dict, full_tests: bool) -> Problem:
         return Problem(number, f"Q: {question}\nA:", reference=_plain(reference.strip()))
     name = "problem" if "problem" in row else "prompt"
     problem, reference = _fields(row, **{name: str, "answer": str})
+    if not reference.strip():
+        raise ValueError('its "answer" is empty')
     problem = problem.strip().removesuffix(MATH_REQUEST).rstrip()
     # The released prompt has its braces doubled.
     user = f"{MATH_REQUEST.replace('{}', '{{}}')} Problem:\n{problem}\n\nSolution:"
@@ -400,13 +407,20 @@ def summary(scores: list[dict]) -> list[dict]:
     budget is steps / tokens (Eq. 3), or a text that is no number, whose rows come last. A row is
     {"budget", "feedback": "Binary", "SM" or "Gain", "scores": {task: {"mean", "std", "seeds"}}} in
     per cent, std the sample standard deviation over seeds, None of one. ValueError for a score that
-    has no cell, or a seed's second.
+    has no cell, a seed's second, or scores of unlike numbers of "problems".
     """
     cells: dict[tuple, dict] = {}
+    sizes: dict[str, int] = {}
     for score in scores:
-        task, feedback = score["task"], str(score["feedback"]).lower()
+        task, feedback = str(score["task"]), str(score["feedback"]).lower()
         if task not in TASKS or feedback not in FEEDBACKS:
             raise ValueError(f"{score}: a task is one of {', '.join(TASKS)}, feedback binary or sm")
+        if type(score["score"]) not in (int, float) or not 0 <= score["score"] <= 1:
+            raise ValueError(f"{score}: a score is a number from 0 to 1")
+        if not all(isinstance(score[name], (str, int, float)) for name in ("budget", "seed")):
+            raise ValueError(f"{score}: a budget and a seed are numbers or texts")
+        if sizes.setdefault(task, score.get("problems")) != score.get("problems"):
+            raise ValueError(f"{score}: of another number of problems than the first of {task}")
         seeds = cells.setdefault((_budget(score["budget"]), feedback, task), {})
         if score["seed"] in seeds:
             raise ValueError(f"{score}: the second of its seed")
@@ -426,9 +440,11 @@ def summary(scores: list[dict]) -> list[dict]:
 def _budget(value: float | str) -> tuple[Fraction, str]:
     """What to sort a budget by, and its name."""
     try:
-        share = Fraction(value).limit_denominator(1000)
-    except ValueError:
+        share = Fraction(value)
+    except (ValueError, ArithmeticError):
         return Fraction(10**6), str(value)
+    if isinstance(value, float):
+        share = share.limit_denominator(1000)
     return share, f"{share.numerator}/{share.denominator}"
 
 

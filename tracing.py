@@ -17,7 +17,7 @@ import unicodedata
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
-from runtime import atomic_write, writable_folder
+from runtime import atomic_write, writable_files
 
 MASK_SIGN, RESET = "·", "\x1b[0m"
 PALEST, BRIGHTEST = 236, 250  # of the 24 greys of a terminal of 256 colours, for lambda 0 and 1
@@ -286,8 +286,7 @@ def _ids(step: list) -> list[int]:
 
 def write_page(args: argparse.Namespace) -> None:
     out = Path(args.out)
-    if out.resolve() in [Path(file).resolve() for file in args.traces]:
-        raise ValueError(f"--out {out}: one of the traces")
+    writable_files({"--out": args.out}, args.traces)
     traces = [read_trace(file, args.sample) for file in args.traces]
     for file, trace in zip(args.traces, traces):
         if trace["left_out"]:
@@ -299,7 +298,6 @@ def write_page(args: argparse.Namespace) -> None:
             )
         if [t["name"] for t in traces].count(trace["name"]) > 1:
             trace["name"] = file
-    writable_folder(str(out.parent), "--out")
     text = page(traces).encode()
     with atomic_write(out) as f:
         f.write(text)

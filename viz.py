@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from data import open_corpus
-from runtime import Parser, atomic_write, generator, run, writable_folder
+from runtime import Parser, atomic_write, generator, run, writable_files
 from softmask import antithetic_times, negative_entropies
 from tracing import tell_position, write_page
 from weights import build_model, build_softmask, load_checkpoint
@@ -47,7 +47,7 @@ def _save(figure, file: str) -> None:
     from matplotlib import pyplot
 
     kind = Path(file).suffix[1:] or "svg"
-    writable_folder(str(Path(file).parent), "--out")
+    writable_files({"--out": file})
     with atomic_write(file) as f:
         figure.savefig(f, format=kind, metadata={"Date": None} if kind == "svg" else None)
     pyplot.close(figure)
@@ -139,7 +139,13 @@ def plot_lambda(omegas: dict[str, tuple], entropies: np.ndarray, most: float, fi
         axes.patch.set_visible(False)
     lines = itertools.cycle(["-", "--", ":", "-."])
     for (name, (s, a, b)), colour, line in zip(omegas.items(), itertools.cycle(COLOURS), lines):
-        axes.plot(h, s / (1 + np.exp(-a * (-h - b))), color=colour, ls=line, label=name)
+        axes.plot(
+            h,
+            s / (1 + np.exp(np.clip(-a * (-h - b), None, 700))),
+            color=colour,
+            ls=line,
+            label=name,
+        )
     axes.set(xlabel="entropy of the prediction, nats", ylabel="lambda", ylim=(0, 1), xlim=(0, most))
     axes.legend(framealpha=0.8, edgecolor="none", fontsize=8)
     _save(figure, file)
@@ -228,6 +234,8 @@ def draw_lambda(args: argparse.Namespace) -> None:
     for text in args.omegas:
         try:
             s, a, b = map(float, text.split(","))
+            if not all(map(math.isfinite, (s, a, b))):
+                raise ValueError
         except ValueError:
             raise ValueError(f"--omegas {text}: omega_s,omega_a,omega_b") from None
         omegas[text] = s, a, b
@@ -255,7 +263,11 @@ def draw_quality(args: argparse.Namespace) -> None:
     for file in args.scores:
         try:
             found = json.loads(Path(file).read_text())["rows"]
-            rows += [row for row in found if "nfe" in row and row[args.measure] is not None]
+            for row in found:
+                if "nfe" in row and row[args.measure] is not None:
+                    rows.append({key: row[key] for key in ("strategy", "feedback")})
+                    rows[-1] |= {"nfe": int(row["nfe"]), args.measure: float(row[args.measure])}
+                    hash(tuple(rows[-1].values()))
         except (ValueError, KeyError, TypeError, RecursionError):
             raise ValueError(f"{file}: no {args.measure!r} of evaluate.py gen --json") from None
     if not rows:

@@ -71,6 +71,12 @@ def save_omegas(folder: Path, step: int, softmask: SoftMask | None) -> None:
             json.dump({"step": step, "k": softmask.k, **softmask.omegas()}, f)
 
 
+def checkpoint_file(name: str) -> Path:
+    """The path that a checkpoint's name stands for; of a run's folder its ckpt.pt."""
+    path = Path(name)
+    return path / "ckpt.pt" if (path / "ckpt.pt").is_file() else path
+
+
 def load_checkpoint(
     path: str,
     flag: str,

@@ -2,12 +2,15 @@
 
 import itertools
 import json
+import math
 import re
 import shutil
 
 import pytest
+import torch
 from conftest import randomise
 from published import write_dream, write_tokenizer
+from safetensors.torch import load_file, save_file
 
 import evaluate
 import sample
@@ -237,7 +240,7 @@ def test_several_networks_are_the_seeds_of_one_row(tmp_path, problems, dream, mo
         (["--samples", "0"], "--samples 0: at least 1"),
         (["--adapter", "absent"], "--adapter absent"),
         (["--model", "absent", "absent"], "--model: one of them is given twice"),
-        (["--seeds", "3,3"], "--seed: one of them is given twice"),
+        (["--seeds", "3,3"], "--seeds: one of them is given twice"),
     ],
 )
 def test_what_cannot_be_answered_is_named_before_any_answer(
@@ -281,3 +284,83 @@ def test_files_that_hold_no_scores_make_no_table(tmp_path):
         args = evaluate.parser().parse_args(["table", str(file)])
         with pytest.raises(ValueError, match=f"{i}.json: not scores"):
             args.main(args)
+
+
+def test_only_the_answers_asked_for_are_scored_and_more_may_be_added(tmp_path, problems, dream):
+    flags = ["--model", str(dream), "--budget", "1/4", "--temperature", "1"]
+    ((three,), lines) = answers(tmp_path, problems[0], *flags, "--samples", "3")
+    (file,) = lines
+    ((one,), kept) = answers(tmp_path, problems[0], *flags)
+    assert (three["completions"], one["completions"]) == (6, 2) and kept == lines
+    ((five,), more) = answers(tmp_path, problems[0], *flags, "--samples", "5")
+    assert five["completions"] == 10 and more[file][:6] == lines[file]
+
+
+def test_an_answer_does_not_depend_on_which_other_problems_are_asked(tmp_path, problems, dream):
+    flags = ["--model", str(dream), "--nfe", "12", "--temperature", "1"]
+    found = {}
+    for limit in ("1", "2"):
+        (tmp_path / limit).mkdir()
+        _, lines = answers(tmp_path / limit, problems[0], *flags, "--limit", limit)
+        entries = [json.loads(line) for line in next(iter(lines.values()))]
+        found[limit] = {e["task_id"]: e["completion"] for e in entries}
+    assert found["2"] == found["2"] | found["1"] and len(found["2"]) == 2
+
+
+def test_networks_that_are_not_numbers_are_told(tmp_path, problems, dream):
+    broken = tmp_path / "broken"
+    shutil.copytree(dream, broken)
+    file = next(broken.glob("*.safetensors"))
+    weights = {name: torch.full_like(w, math.nan) for name, w in load_file(file).items()}
+    save_file(weights, file)
+    with pytest.raises(ValueError, match="predictions are not numbers"):
+        answers(tmp_path, problems[0], "--model", str(broken), "--budget", "1/4")
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--json", "{data}"], "--json .*the same file as another"),
+        (["--save", "{data}"], "--save .*the same file as another"),
+        (["--json", "x.json", "--save", "./x.json"], "--save .*the same file as another"),
+        (["--json", "{folder}"], "--json .*a folder; name a file"),
+        (["--model", "{dream}", "{dream}/"], "--model: one of them is given twice"),
+        (["--model", "{dream}", "/nowhere"], "--model /nowhere: no such"),
+        (["--timeout", "-1"], "--timeout -1"),
+        (["--both", "--no-sm"], "--both: without --no-sm"),
+        (["--sm-switch", "7"], "--sm-switch 7"),
+        (["--block-length", "0"], "--block-length 0"),
+    ],
+)
+def test_nothing_that_is_needed_is_overwritten_or_counted_twice(
+    tmp_path, problems, dream, monkeypatch, flags, message
+):
+    asked, before = heard(monkeypatch), problems[0].read_bytes()
+    monkeypatch.chdir(tmp_path)
+    names = {"data": problems[0], "folder": tmp_path, "dream": dream}
+    with pytest.raises((ValueError, OSError), match=message):
+        answers(tmp_path, problems[0], "--model", str(dream), *(f.format(**names) for f in flags))
+    assert not asked and problems[0].read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"score": "x"}, {"score": None}, {"score": 7}, {"score": math.nan}, {"score": True},
+        {"budget": None}, {"budget": []}, {"seed": []}, {"task": {}}, {"feedback": 3},
+    ],
+)  # fmt: skip
+def test_scores_that_cannot_be_are_one_line(tmp_path, change):
+    score = dict(task="gsm8k", budget="1/4", feedback="sm", seed="a 0", score=0.5, problems=8)
+    file = tmp_path / "scores.json"
+    for scores in ([score | change], [score, score | {"seed": "b 0", "problems": 3}]):
+        file.write_text(json.dumps(scores))
+        args = evaluate.parser().parse_args(["table", str(file)])
+        with pytest.raises(ValueError):
+            args.main(args)
+    file.write_text(json.dumps([score, score | {"seed": "b", "budget": "1/0"}]))
+    args = evaluate.parser().parse_args(["table", str(file)])
+    args.main(args)
+    with pytest.raises(ValueError, match="the same file"):
+        args = evaluate.parser().parse_args(["table", str(file), "--json", str(file)])
+        args.main(args)

@@ -1,6 +1,7 @@
 """Files appear whole or not at all; signals wait for the step; errors are one line."""
 
 import errno
+import json
 import os
 import signal
 import subprocess
@@ -156,3 +157,22 @@ def test_memory_between_small_blocks_is_given_back_beyond_a_limit():
     )
     before, after, whole = out.stdout.split()
     assert int(before) > 300 > 100 > int(after) and whole == "True"
+
+
+def test_two_runs_do_not_write_one_file(tmp_path):
+    path = tmp_path / "samples.jsonl"
+    first, second = (runtime.Samples(path, ["settings"]) for _ in range(2))
+
+    def make(numbers):
+        with pytest.raises(ValueError, match="another run is writing it"):
+            second.fill(4, 2, lambda numbers: [{"text": "other"} for _ in numbers])
+        return [{"text": str(i)} for i in numbers]
+
+    first.fill(4, 2, make)
+    with pytest.raises(ValueError, match="another run wrote it just now"):
+        second.fill(4, 2, lambda numbers: [{"text": "other"} for _ in numbers])
+    third = runtime.Samples(path, ["settings"])
+    third.fill(4, 2, make)  # there is nothing left to do
+    first.fill(6, 2, lambda numbers: [{"text": str(i)} for i in numbers])
+    texts = [json.loads(line)["text"] for line in path.read_text().splitlines()]
+    assert texts == ["0", "1", "2", "3", "4", "5"]

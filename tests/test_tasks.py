@@ -656,3 +656,19 @@ def test_a_hub_that_is_not_reached_is_one_line_that_names_the_way_out(monkeypatc
     with pytest.raises(ValueError, match="openai/gsm8k: cannot be fetched.*with --data") as caught:
         tasks.read_problems("gsm8k")
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("task", "row", "change"),
+    [
+        ("humaneval", HUMANEVAL, {"test": " "}),
+        ("mbpp", MBPP, {"test_list": []}),
+        ("mbpp+", MBPP_PLUS, {"test_list": [""]}),
+        ("math500", {"problem": "x"}, {"answer": " "}),
+    ],
+)
+def test_a_problem_that_anything_would_solve_is_refused(tmp_path, task, row, change):
+    file = tmp_path / "problems.jsonl"
+    file.write_text(json.dumps(row | change))
+    with pytest.raises(ValueError, match="problems.jsonl:1: "):
+        tasks.read_problems(task, file)
