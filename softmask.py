@@ -1,15 +1,19 @@
 """Soft-masked diffusion language models, the method (Hersche et al., ICLR 2026, sections 2 and 3).
 
-A masked diffusion language model sees a text in which some tokens are replaced by [MASK] and
-predicts them all at once. Soft-masking (SM) feeds back what it predicted: where a mask stays, its
-embedding is blended with the embeddings of the k tokens that looked most likely a step earlier.
+A masked diffusion language model sees a text with some tokens replaced by [MASK] and predicts them
+all at once. Soft-masking (SM) feeds back what it predicted: the embedding of a mask that stays is
+blended with those of the k likeliest tokens ("binary": without). Training (Algorithm 1) looks at
+the same x_t twice; in decoding the first look is the step before.
 
-The order is that of one training step (Algorithm 1): corrupt a text, predict (first pass), turn
-the prediction into feedback, blend it in (Eq. 2), predict again (second pass), take the loss.
+    x_t = corrupt(x_0, t)                       each token a mask with probability about t
+    p = g(x_t), without gradient                first pass, of a share p_sm of the sequences
+    feedback = top-k of p, and -H(p)            at the masked positions
+    e = blend(embed(x_t), feedback)             Eq. 2; plain masks for the other sequences
+    loss = sum over masks of -log g(e)[x_0] / t second pass; gradients to g and the omegas
 
-A denoiser is any object with `embed(tokens)`, `embedding` (the (V, D) table), `hidden(embeddings,
-sigma)`, `logits(rows)`, `head` (the module behind `logits`), `mask_id`, `vocab_size`, `mask_eps`.
-Letters in shapes: B batch, L length, D width, V vocabulary, k top-k, N gathered rows.
+A denoiser has `embed(tokens)`, `embedding` (the (V, D) table), `hidden(embeddings, sigma)`,
+`logits(hidden)` and `head` (all of its parameters), `mask_id`, `vocab_size`, `mask_eps`.
+Shapes: B batch, L length, D width, V vocabulary, k top-k, N gathered positions.
 """
 
 import math
@@ -37,9 +41,10 @@ def antithetic_times(u: Tensor, b_l: float = 0.0, b_h: float = 1.0) -> Tensor:
 
 
 def mask_probability(t: Tensor, eps: float) -> Tensor:
-    """1 - alpha_t, the probability that a token is masked at time t (B,): (1 - eps) t.
+    """(1 - eps) t, the probability 1 - alpha_t that a token is masked at time t (B,).
 
-    eps is the denoiser's `mask_eps`: 1e-3 for MDLM's log-linear schedule, 0 for Dream.
+    eps is the denoiser's `mask_eps`: 1e-3 for MDLM's log-linear schedule, whose sigma stays finite
+    at t = 1, and 0 for Dream, which is told no sigma.
     """
     return (1 - eps) * t
 
@@ -54,9 +59,10 @@ def corrupt(
 ) -> tuple[Tensor, Tensor]:
     """Draw x_t ~ q(x_t | x_0): each token becomes the mask m with probability 1 - alpha_t.
 
-    x0 (B, L) tokens, t (B,) times, noise (B, L) independent U(0, 1) numbers; `maskable` (B, L)
-    excludes positions (a prompt): of the others a sequence always has one masked, that of the
-    smallest number. Returns x_t (B, L) and the positions masked, bool (B, L).
+    x0 (B, L) tokens, t (B,) times, noise (B, L) independent U(0, 1) numbers. `maskable` (B, L)
+    excludes positions (a prompt, padding); of the others, if any, one is always masked, that of the
+    smallest number, so that no example of fine-tuning is without a loss. Returns x_t (B, L) and the
+    positions masked, bool (B, L).
     """
     masked = noise < mask_probability(t, eps)[:, None]
     if maskable is not None:
@@ -72,8 +78,9 @@ class Feedback(NamedTuple):
     """What soft-masking keeps of the predictions p at N positions.
 
     ids (N, k) and weights (N, k): the top-k tokens v_i and pi_i, their renormalised probabilities.
-    neg_entropy (N,): -H(p) in nats over the whole vocabulary.
-    mixed (N, D): for k = |V| the mean embedding sum_i p_i E[v_i] replaces ids and weights.
+    neg_entropy (N,): -H(p) in nats over the whole vocabulary, from -ln V to 0, which is certainty.
+    mixed (N, D): for k = |V| the mean embedding sum_i p_i E[v_i] replaces ids and weights; there p
+    is softmax(logits / tau).
     """
 
     ids: Tensor | None
@@ -132,11 +139,16 @@ def top_k(values: Tensor, k: int, block: int = 64) -> tuple[Tensor, Tensor]:
 class SoftMask(nn.Module):
     """The soft mask: three scalars (omega_s, omega_a, omega_b), and tau where k = |V|.
 
+    Eq. 2: lambda = omega_s * sigmoid(omega_a * (-H(p) - omega_b)): omega_s is the most that is fed
+    back, omega_b the -H at which it is half of that, omega_a the steepness; and the blend is
+    (1 - lambda) E[m] + lambda * sum_i pi_i E[v_i], with E[m] the mask's embedding.
+
     k is the number of fed-back tokens; None stands for the whole vocabulary with a trainable
-    softmax temperature tau (appendix B.3). The trained raw numbers are unconstrained:
-    omega_s = sigmoid(raw_s) in [0, 1], omega_a = softplus(raw_a) >= 0, omega_b = -softplus(raw_b)
-    <= 0, tau = softplus(raw_tau). Start (appendix A.2): omega_s near 0; with LB = `lower_bound` the
-    5 % quantile of -H, omega_b = LB/2 and omega_a = -10/LB stretch [LB, 0] over the sigmoid.
+    softmax temperature tau (appendix B.3). What is trained are raw numbers without bounds:
+    omega_s = sigmoid(raw_s), omega_a = softplus(raw_a), omega_b = -softplus(raw_b), tau =
+    softplus(raw_tau). Start (appendix A.2): omega_s near 0, so near the binary model; with LB =
+    `lower_bound`, the 5 % quantile of -H, omega_b = LB/2 and omega_a = -10/LB. For LB = -1.5 these
+    are -0.75 and 6.7: lambda / omega_s is 0.993 at H = 0 and 0.007 at H = 1.5.
     """
 
     def __init__(self, k: int | None = 3, omega_s: float = 1e-2, lower_bound: float = -1.5):
@@ -153,7 +165,7 @@ class SoftMask(nn.Module):
 
     def start(self, omega_s: float, lower_bound: float) -> None:
         """Appendix A.2's start from LB, the 5 % quantile of -H in nats."""
-        lb = min(lower_bound, -1e-3)
+        lb = min(lower_bound, -1e-3)  # a network that is sure of all would make omega_a infinite
         self.set_omegas(omega_s, omega_a=-10 / lb, omega_b=lb / 2)
 
     @torch.no_grad()
@@ -204,8 +216,8 @@ class SoftMask(nn.Module):
             raise ValueError(f"k = {self.k} is larger than the vocabulary of {z.shape[1]}")
         return Feedback(*_top_k_feedback(z, self.k))
 
-    def feedback(self, model, rows: Tensor) -> Feedback:
-        """Reduce the predictions of hidden rows (N, D) to what soft-masking needs of them.
+    def feedback(self, model, hidden: Tensor) -> Feedback:
+        """Reduce the predictions of hidden states (N, D) to what soft-masking needs of them.
 
         The logits are constants; only for k = |V| do gradients flow, to tau and the table, for
         which each chunk is computed again in the backward pass. ValueError where k > V.
@@ -216,19 +228,22 @@ class SoftMask(nn.Module):
                 z = at_least_float32(model.logits(h))  # (C, V)
             return self.reduce(z, model.embedding)
 
-        chunks = rows.detach().split(chunk_rows(model.vocab_size))
+        chunks = hidden.detach().split(chunk_rows(model.vocab_size))
         if self.k is None:
             return join([checkpoint(reduced, h, use_reentrant=False) for h in chunks])
         found, at = None, 0
         with torch.no_grad():
             for h in chunks:
-                found = put(found, reduced(h), at, len(rows))
+                found = put(found, reduced(h), at, len(hidden))
                 at += len(h)
         return found
 
     def certain(self, tokens: Tensor, table: Tensor) -> Feedback:
-        """The feedback of positions that held `tokens` (N,) when the network ran: under SUBS they
-        predict themselves, with weight 1 and entropy 0. A remasked position gets this."""
+        """The feedback of positions that held `tokens` (N,) when the network ran.
+
+        By MDLM's SUBS rule a token that is there predicts itself, with weight 1 and entropy 0; so a
+        position that a decoder masks again is reminded of its former token, as strongly as can be.
+        """
         zero = torch.zeros(len(tokens), device=table.device)
         if self.k is None:
             return Feedback(None, None, zero, F.embedding(tokens, table))
@@ -256,8 +271,8 @@ class SoftMask(nn.Module):
         flat = embeddings.flatten(0, 1)  # (B * L, D)
         mask = at_least_float32(flat.index_select(0, rows))  # (N, D), each row E[m]
         lam = (scale * self.lam(feedback.neg_entropy))[:, None]  # (N, 1)
-        soft = (1 - lam) * mask + lam * candidates  # (N, D), in float32
-        return flat.index_copy(0, rows, soft.to(flat.dtype)).view_as(embeddings)
+        blend = (1 - lam) * mask + lam * candidates  # (N, D), in float32
+        return flat.index_copy(0, rows, blend.to(flat.dtype)).view_as(embeddings)
 
 
 def _inverse_softplus(y: float) -> float:
@@ -283,10 +298,11 @@ def _mix_vocabulary(z: Tensor, tau: Tensor, table: Tensor) -> tuple[Tensor, Tens
 def schedule_scale(
     t: float, kind: str = "none", order: str = "sm-binary", switch: float = 0.5
 ) -> float:
-    """Appendix B.4: the factor of lambda at time t = t/T, which falls from 1 to 0 in decoding.
+    """Appendix B.4, for decoding: the factor of lambda when the share t of it is left, 1 to 0.
 
-    `linear` fades SM out ("sm-binary": t) or in ("binary-sm": 1 - t); `step` switches it off below
-    t' = `switch`, or on from there down.
+    `order`: soft masks first, then plain ones ("sm-binary"), or the other way ("binary-sm").
+    `linear` fades: t, or 1 - t. `step` switches at the paper's t' = `switch`: 1 while t >= t', or
+    from t <= t' on.
     """
     if kind == "none":
         return 1.0
@@ -337,7 +353,7 @@ def first_pass(
 
     Returns the N masked rows of those sequences (N,), indices into B * L, and their feedback.
     """
-    rows = (masked & soft[:, None]).flatten().nonzero().squeeze(1)  # (N,)
+    rows = (masked & soft[:, None]).flatten().nonzero().squeeze(1)  # (N,), in the order of hidden
     attend = None if attend is None else attend[soft]
     with torch.no_grad():
         hidden = denoise(model, xt[soft], sigma[soft], attend=attend)[masked[soft]]  # (N, D)
@@ -358,12 +374,13 @@ def negative_entropies(
     Their 5 % quantile is LB of appendix A.2.
     """
     xt, masked = corrupt(x0, t, noise, model.mask_id, model.mask_eps, maskable)
-    rows = denoise(model, xt, noise_level(t, model.mask_eps), attend=attend)[masked]  # (N, D)
-    return SoftMask(1).feedback(model, rows).neg_entropy
+    hidden = denoise(model, xt, noise_level(t, model.mask_eps), attend=attend)[masked]  # (N, D)
+    return SoftMask(1).feedback(model, hidden).neg_entropy
 
 
 def soft_sequences(u: float, n: int, p_sm: float) -> Tensor:
-    """Which of n sequences get the first pass, bool (n,): each with probability p_sm.
+    """Which of n sequences get the first pass, bool (n,): each with probability p_sm; the others
+    keep the network able to read plain masks, which every decoding starts from.
 
     Sequence i does iff floor(u + (i+1) p_sm) > floor(u + i p_sm), for one u ~ U(0, 1) a step: the
     count is always p_sm n, rounded up or down, so that all steps do the same work.
@@ -383,14 +400,16 @@ def diffusion_loss(
     attend: Tensor | None = None,
     average: str = "tokens",
 ) -> Tensor:
-    """Algorithm 1, lines 4 to 8: sum over masked positions of -log p(x0_l) / t, in nats.
+    """Algorithm 1, lines 4 to 8: sum over masked positions of -log p(x0_l) / t, in nats. The weight
+    makes up for the few masks at small t: its mean over t bounds the negative log-likelihood.
 
     x0 (B, L), t (B,), noise (B, L) in U(0, 1), soft bool (B,): the sequences that get two passes,
     by default all (without `softmask` none: the binary baseline); `maskable` as in `corrupt`;
-    `attend` bool (B, L), False at padding. The caller divides by its number of tokens; the
-    expectation of the sum over t ~ U(0, 1) is the NELBO of the batch. With the `average` "masked",
-    as in the released fine-tuning, a sequence's sum is divided by its number of masked positions,
-    and the caller divides by its number of sequences.
+    `attend` bool (B, L), False at padding. The caller divides by the number of tokens, masked or
+    not (with `maskable`: of those). Without `maskable`, whose forced mask weighs 1/t too, the
+    expectation over t ~ U(0, 1) is the NELBO of the batch. With the `average` "masked", as in the
+    released fine-tuning, a sequence's sum is divided by its number of masked positions, and the
+    caller divides by its number of sequences.
     """
     xt, masked = corrupt(x0, t, noise, model.mask_id, model.mask_eps, maskable)
     sigma = noise_level(t, model.mask_eps)  # (B,)
@@ -403,56 +422,58 @@ def diffusion_loss(
     weights = (1 / (t * share))[:, None].expand_as(x0)[masked]  # (N,)
     loss = weighted_nll(model, hidden[masked], x0[masked], weights)  # line 8
     if softmask is not None and feedback is None:
-        loss = loss + 0 * sum(p.sum() for p in softmask.parameters())
+        loss = loss + 0 * sum(p.sum() for p in softmask.parameters())  # as several processes need
     return loss
 
 
-def weighted_nll(model, rows: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
-    """sum_n weights_n * -log p(targets_n) of hidden rows (N, D), a scalar in float32.
+def weighted_nll(model, hidden: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
+    """sum_n weights_n * -log p(targets_n) of hidden states (N, D), a scalar in float32.
 
     Chunk by chunk: a chunk's gradient (p - onehot, in closed form) is taken while its logits are
     at hand, so that no (N, V) tensor is kept or computed twice.
     """
     head = tuple(p for p in model.head.parameters() if p.requires_grad)
-    grad = torch.is_grad_enabled()
-    return _WeightedNLL.apply(model, grad, targets, at_least_float32(weights), rows, *head)
+    grad = torch.is_grad_enabled()  # within forward it is always off
+    return _WeightedNLL.apply(model, grad, targets, at_least_float32(weights), hidden, *head)
 
 
 class _WeightedNLL(torch.autograd.Function):
+    """The gradients are taken in `forward`; `backward` only scales them, in place, and so once."""
+
     @staticmethod
-    def forward(ctx, model, grad, targets, weights, rows, *head):
-        total = torch.zeros((), dtype=weights.dtype, device=rows.device)
-        d_rows, d_head = torch.empty_like(rows), [None] * len(head)
+    def forward(ctx, model, grad, targets, weights, hidden, *head):
+        total = torch.zeros((), dtype=weights.dtype, device=hidden.device)
+        d_hidden, d_head = torch.empty_like(hidden), [None] * len(head)
         differentiate = grad and any(ctx.needs_input_grad)
         y = targets[:, None]
         size = chunk_rows(model.vocab_size)
-        for start in range(0, len(rows), size):
+        for start in range(0, len(hidden), size):
             c = slice(start, start + size)
             with torch.set_grad_enabled(differentiate):
-                h = rows[c].detach().requires_grad_(differentiate)
+                h = hidden[c].detach().requires_grad_(differentiate)
                 z = model.logits(h)  # (C, V)
             wide = at_least_float32(z.detach())
             p = wide.softmax(-1)
             likeliest, at = p.max(-1, keepdim=True)
-            log_sum = wide.gather(1, at) - likeliest.log()  # of exp(z)
+            log_sum = wide.gather(1, at) - likeliest.log()  # logsumexp(z), as z - log p is for any
             total += torch.dot(weights[c], (log_sum - wide.gather(1, y[c]))[:, 0])
             if not differentiate:
                 continue
             p.scatter_add_(1, y[c], -torch.ones_like(log_sum))  # d(-log p(y))/dz = p - onehot(y)
             dz = torch.mul(p, weights[c, None], out=torch.empty_like(z))
-            d_rows[c], *d_chunk = torch.autograd.grad(z, (h, *head), dz)
+            d_hidden[c], *d_chunk = torch.autograd.grad(z, (h, *head), dz)
             for i, d in enumerate(d_chunk):
                 d_head[i] = d if d_head[i] is None else d_head[i].add_(d)
         d_head = [
             torch.zeros_like(p) if d is None else d for d, p in zip(d_head, head, strict=True)
         ]
-        ctx.gradients = (d_rows, *d_head) if differentiate else ()
+        ctx.gradients = (d_hidden, *d_head) if differentiate else ()
         return total
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, g):
-        gradients, ctx.gradients = ctx.gradients, None  # scaled in place
+        gradients, ctx.gradients = ctx.gradients, None
         if gradients is None:
             raise RuntimeError("weighted_nll: one backward pass for each forward pass")
         return None, None, None, None, *(d.mul_(g) for d in gradients)
