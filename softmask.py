@@ -1,18 +1,18 @@
 """Soft-masked diffusion language models, the method (Hersche et al., ICLR 2026, sections 2 and 3).
 
 A masked diffusion language model sees a text with some tokens replaced by [MASK] and predicts them
-all at once. Soft-masking (SM) feeds back what it predicted: the embedding of a mask that stays is
-blended with those of the k likeliest tokens ("binary": without). Training (Algorithm 1) looks at
-the same x_t twice; in decoding the first look is the step before.
+all at once. Soft-masking (SM) feeds back what it predicted: the embedding of a mask is blended with
+those of the k likeliest tokens ("binary": without). Training (Algorithm 1) looks at the same x_t
+twice; in decoding the first look is the step before, soft-masked itself from the second step on.
 
     x_t = corrupt(x_0, t)                       each token a mask with probability about t
     p = g(x_t), without gradient                first pass, of a share p_sm of the sequences
     feedback = top-k of p, and -H(p)            at the masked positions
-    e = blend(embed(x_t), feedback)             Eq. 2; plain masks for the other sequences
-    loss = sum over masks of -log g(e)[x_0] / t second pass; gradients to g and the omegas
+    e = blend(embed(x_t), feedback)             sm(), by Eq. 2's lambda; other sequences: plain
+    loss = sum over masks of -log g(e)[x_0] / t second pass; gradients to g, omegas and tau
 
 A denoiser has `embed(tokens)`, `embedding` (the (V, D) table), `hidden(embeddings, sigma)`,
-`logits(hidden)` and `head` (all of its parameters), `mask_id`, `vocab_size`, `mask_eps`.
+`logits(hidden)` and `head` (with all parameters of `logits`), `mask_id`, `vocab_size`, `mask_eps`.
 Shapes: B batch, L length, D width, V vocabulary, k top-k, N gathered positions.
 """
 
@@ -44,7 +44,7 @@ def mask_probability(t: Tensor, eps: float) -> Tensor:
     """(1 - eps) t, the probability 1 - alpha_t that a token is masked at time t (B,).
 
     eps is the denoiser's `mask_eps`: 1e-3 for MDLM's log-linear schedule, whose sigma stays finite
-    at t = 1, and 0 for Dream, which is told no sigma.
+    at t = 1, and 0 for Dream, which has no use for sigma.
     """
     return (1 - eps) * t
 
@@ -59,10 +59,10 @@ def corrupt(
 ) -> tuple[Tensor, Tensor]:
     """Draw x_t ~ q(x_t | x_0): each token becomes the mask m with probability 1 - alpha_t.
 
-    x0 (B, L) tokens, t (B,) times, noise (B, L) independent U(0, 1) numbers. `maskable` (B, L)
-    excludes positions (a prompt, padding); of the others, if any, one is always masked, that of the
-    smallest number, so that no example of fine-tuning is without a loss. Returns x_t (B, L) and the
-    positions masked, bool (B, L).
+    x0 (B, L) tokens, t (B,) times, noise (B, L) independent U(0, 1) numbers. `maskable` (B, L) is
+    False where nothing is ever masked (a prompt, padding); of the others, if any, one always is,
+    that of the smallest number, so that no example of fine-tuning is without a loss (its times must
+    stay away from 0). Returns x_t (B, L) and the positions masked, bool (B, L).
     """
     masked = noise < mask_probability(t, eps)[:, None]
     if maskable is not None:
@@ -139,16 +139,16 @@ def top_k(values: Tensor, k: int, block: int = 64) -> tuple[Tensor, Tensor]:
 class SoftMask(nn.Module):
     """The soft mask: three scalars (omega_s, omega_a, omega_b), and tau where k = |V|.
 
-    Eq. 2: lambda = omega_s * sigmoid(omega_a * (-H(p) - omega_b)): omega_s is the most that is fed
+    Eq. 2: lambda = omega_s * sigmoid(omega_a * (-H(p) - omega_b)): omega_s bounds what is fed
     back, omega_b the -H at which it is half of that, omega_a the steepness; and the blend is
     (1 - lambda) E[m] + lambda * sum_i pi_i E[v_i], with E[m] the mask's embedding.
 
     k is the number of fed-back tokens; None stands for the whole vocabulary with a trainable
     softmax temperature tau (appendix B.3). What is trained are raw numbers without bounds:
     omega_s = sigmoid(raw_s), omega_a = softplus(raw_a), omega_b = -softplus(raw_b), tau =
-    softplus(raw_tau). Start (appendix A.2): omega_s near 0, so near the binary model; with LB =
-    `lower_bound`, the 5 % quantile of -H, omega_b = LB/2 and omega_a = -10/LB. For LB = -1.5 these
-    are -0.75 and 6.7: lambda / omega_s is 0.993 at H = 0 and 0.007 at H = 1.5.
+    softplus(raw_tau). Start (appendix A.2): tau 1; omega_s near 0, so near the binary model; with
+    LB = `lower_bound`, the 5 % quantile of -H, omega_b = LB/2 and omega_a = -10/LB. For LB = -1.5
+    these are -0.75 and 6.7: lambda / omega_s is 0.993 at H = 0 and 0.007 at H = 1.5.
     """
 
     def __init__(self, k: int | None = 3, omega_s: float = 1e-2, lower_bound: float = -1.5):
@@ -298,7 +298,7 @@ def _mix_vocabulary(z: Tensor, tau: Tensor, table: Tensor) -> tuple[Tensor, Tens
 def schedule_scale(
     t: float, kind: str = "none", order: str = "sm-binary", switch: float = 0.5
 ) -> float:
-    """Appendix B.4, for decoding: the factor of lambda when the share t of it is left, 1 to 0.
+    """Appendix B.4: the factor of lambda when the share t of a decoding's steps is left, 1 to 0.
 
     `order`: soft masks first, then plain ones ("sm-binary"), or the other way ("binary-sm").
     `linear` fades: t, or 1 - t. `step` switches at the paper's t' = `switch`: 1 while t >= t', or
@@ -401,15 +401,16 @@ def diffusion_loss(
     average: str = "tokens",
 ) -> Tensor:
     """Algorithm 1, lines 4 to 8: sum over masked positions of -log p(x0_l) / t, in nats. The weight
-    makes up for the few masks at small t: its mean over t bounds the negative log-likelihood.
+    makes up for the few masks at small t: the mean of the loss over t bounds the text's negative
+    log-likelihood from above (NELBO, the negative evidence lower bound).
 
     x0 (B, L), t (B,), noise (B, L) in U(0, 1), soft bool (B,): the sequences that get two passes,
     by default all (without `softmask` none: the binary baseline); `maskable` as in `corrupt`;
     `attend` bool (B, L), False at padding. The caller divides by the number of tokens, masked or
     not (with `maskable`: of those). Without `maskable`, whose forced mask weighs 1/t too, the
     expectation over t ~ U(0, 1) is the NELBO of the batch. With the `average` "masked", as in the
-    released fine-tuning, a sequence's sum is divided by its number of masked positions, and the
-    caller divides by its number of sequences.
+    released fine-tuning, a sequence's sum, still over t, is also divided by its number of masked
+    positions, and the caller divides by the number of sequences.
     """
     xt, masked = corrupt(x0, t, noise, model.mask_id, model.mask_eps, maskable)
     sigma = noise_level(t, model.mask_eps)  # (B,)
@@ -427,7 +428,7 @@ def diffusion_loss(
 
 
 def weighted_nll(model, hidden: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
-    """sum_n weights_n * -log p(targets_n) of hidden states (N, D), a scalar in float32.
+    """sum_n weights_n * -log p(targets_n) of hidden states (N, D), a scalar in at least float32.
 
     Chunk by chunk: a chunk's gradient (p - onehot, in closed form) is taken while its logits are
     at hand, so that no (N, V) tensor is kept or computed twice.
