@@ -36,6 +36,7 @@ from runtime import (
     World,
     atomic_write,
     join_world,
+    layout,
     progress,
     run,
     writable_files,
@@ -75,7 +76,7 @@ def benchmark(args: argparse.Namespace) -> int:
         with atomic_write(args.json, "w") as f:
             json.dump(scores, f, indent=1)
     if generates and len(scores) > 1:
-        print(tasks.table(tasks.summary(scores), args.markdown), end="")
+        print(layout(tasks.table(tasks.summary(scores)), args.markdown, left=2), end="")
     return 0
 
 
@@ -288,7 +289,7 @@ def tabulate(args: argparse.Namespace) -> None:
     if args.json:
         with atomic_write(args.json, "w") as f:
             json.dump(rows, f, indent=1)
-    print(tasks.table(rows, args.markdown), end="")
+    print(layout(tasks.table(rows), args.markdown, left=2), end="")
 
 
 def numbers(text: str) -> list[int]:

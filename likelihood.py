@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from data import Corpus, open_corpus, token_bytes
-from runtime import atomic_write, generator, pick_device, pick_dtype, writable_files
+from runtime import atomic_write, generator, layout, pick_device, pick_dtype, writable_files
 from softmask import SoftMask
 from train import EVAL_BATCH, bits_per_byte, in_batches
 from training import EVAL_SEED, Batch, batch_sums, mean_and_error, perplexity
@@ -63,7 +63,7 @@ def ppl(args: argparse.Namespace) -> None:
         "{text}: {tokens:,} tokens counted, {left_out:,} left out; documents: {documents:,}, "
         "boundaries {boundaries}; windows of {block_size}, context {context}".format(**text)
     )
-    print("\n".join(ppl_table(rows, args.markdown)))
+    print(layout(ppl_table(rows), args.markdown), end="")
     if args.json:
         text["rows"] = [{k: finite(v) for k, v in row.items()} for row in rows]
         with atomic_write(args.json, "w") as f:
@@ -227,8 +227,8 @@ def named(name: str, value: float, error: float) -> dict[str, float]:
     return {name: value, f"{name}_error": error}
 
 
-def ppl_table(rows: list[dict], markdown: bool) -> list[str]:
-    """The lines of the table; a single row has neither a name nor a difference."""
+def ppl_table(rows: list[dict]) -> list[list[str]]:
+    """The cells of the table, its head first; a single row has neither a name nor a difference."""
     names = ["checkpoint", "passes"][len(rows) == 1 :]
     columns = [("nats", "NELBO, nats a token", 4), ("perplexity", "perplexity", 2)]
     columns += [("bits_per_byte", "bits per byte", 4), ("difference", "minus the first, nats", 4)]
@@ -240,11 +240,7 @@ def ppl_table(rows: list[dict], markdown: bool) -> list[str]:
             for key, _, d in columns
         ]
         lines.append([*(str(row[name]) for name in names), *cells])
-    if markdown:
-        lines.insert(1, ["---"] * len(lines[0]))
-        return [f"| {' | '.join(line)} |" for line in lines]
-    widths = [max(map(len, column)) for column in zip(*lines)]
-    return ["   ".join(map(str.rjust, line, widths)) for line in lines]
+    return lines
 
 
 def add_commands(commands) -> None:

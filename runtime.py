@@ -127,7 +127,19 @@ def set_rng(rng: dict[str, torch.Tensor], device: torch.device) -> None:
 def progress(iterable=None, **kwargs) -> tqdm:
     """A tqdm bar on stderr, silent where stderr is not a terminal, and on all ranks but 0."""
     silent = True if os.environ.get("RANK", "0") != "0" else None
-    return tqdm(iterable, file=sys.stderr, disable=silent, dynamic_ncols=True, **kwargs)
+    return tqdm(iterable, file=sys.stderr, **({"disable": silent, "dynamic_ncols": True} | kwargs))
+
+
+def layout(lines: list[list[str]], markdown: bool = False, left: int = 0) -> str:
+    """A table whose first line is its head: as text, or in Markdown; all columns but the first
+    `left` end at the right."""
+    if markdown:
+        rule = ["---"] * left + ["---:"] * (len(lines[0]) - left)
+        return "".join(f"| {' | '.join(line)} |\n" for line in [lines[0], rule, *lines[1:]])
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    sides = [str.ljust] * left + [str.rjust] * (len(widths) - left)
+    rows = [[side(c, w) for side, c, w in zip(sides, line, widths)] for line in lines]
+    return "".join("  ".join(row).rstrip() + "\n" for row in rows)
 
 
 def memory(device: torch.device, reset: bool = False) -> int:

@@ -10,6 +10,7 @@ The decoding itself is in `decoding.py`.
 """
 
 import argparse
+import contextlib
 import hashlib
 import json
 import re
@@ -51,6 +52,8 @@ from runtime import (
 from softmask import SoftMask
 from tracing import TerminalView, TraceFile
 from weights import build_model, build_softmask, load_checkpoint, merge_adapter, read_adapter
+
+SHOWN_SECONDS = 0.05  # a step of --watch: small networks are faster than the eye
 
 
 def template(tokenizer, length: int, prompt: str = "", infill: str = "") -> list[int]:
@@ -319,20 +322,34 @@ def write_samples(args: argparse.Namespace, writer: Writer) -> int:
     feedback = "binary" if softmask is None else "sm"
     about = {"strategy": how.name, "nfe": nfe, "feedback": feedback}
     already, made, begin = samples.done, [], time.perf_counter()
-    with progress(total=max(0, args.num - already) * nfe, desc="decoding", unit=" steps") as bar:
+    watched = args.watch and world.size == 1 and sys.stdout.isatty()  # one at a time
+    total = max(0, args.num - already) * nfe
+    shown = {"disable": True} if watched else {}
+    with progress(total=total, desc="decoding", unit=" steps", **shown) as bar:
 
         def make(numbers: range) -> list[dict]:
-            x, done = generate(
-                model, start.repeat(len(numbers), 1), nfe, softmask, how, trace=trace is not None,
-                seeds=[seed_of(args.seed, i) for i in numbers], **options,
-                on_step=lambda i, x: bar.update(len(x) * world.size),
-            )  # fmt: skip
+            happened = []
+            view = TerminalView(partial(decode, tokenizer), start.tolist(), model.mask_id)
+            with view if watched else contextlib.nullcontext():
+
+                def tell(entry: dict) -> None:
+                    happened.append(entry)
+                    if watched:
+                        view.update(entry)
+                        time.sleep(SHOWN_SECONDS)
+
+                x, done = generate(
+                    model, start.repeat(len(numbers), 1), nfe, softmask, how,
+                    trace=tell if watched or trace is not None else False,
+                    seeds=[seed_of(args.seed, i) for i in numbers], **options,
+                    on_step=lambda i, x: bar.update(len(x) * world.size),
+                )  # fmt: skip
             made.append(done)
             if trace is not None:
-                trace.add(done.trace, numbers)
+                trace.add(happened, numbers)
             return [about | {"text": decode(tokenizer, ids), "ids": ids} for ids in x.tolist()]
 
-        samples.fill(args.num, args.batch_size, make)
+        samples.fill(args.num, 1 if watched else args.batch_size, make)
     seconds = time.perf_counter() - begin
     if world.rank == 0:
         for i, entry in enumerate(samples.kept):
@@ -411,7 +428,7 @@ def parser() -> Parser:
     add("--out", help="append the samples to this JSONL file as they come; what it holds is kept")
     add("--trace", help="write what happened at every step and position to this JSONL file")
     add("--seed", type=int, default=0)
-    add("--watch", action="store_true", help="show a Dream model's answer as it forms")
+    add("--watch", action="store_true", help="show in the terminal how a text or an answer forms")
     # fmt: on
     decoding_flags(p)
     return p

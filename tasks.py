@@ -454,20 +454,14 @@ def _mean(seeds: dict) -> dict:
     return {"mean": statistics.mean(values), "std": spread, "seeds": len(values)}
 
 
-def table(rows: list[dict], markdown: bool = False) -> str:
-    """The rows of a `summary`, laid out as the paper's table 2: as text, or in Markdown."""
-    tasks = [task for task in TASKS if any(task in row["scores"] for row in rows)]
-    lines = [["NFE budget", "Feedback", *(TASKS[task].title for task in tasks)]]
+def table(rows: list[dict]) -> list[list[str]]:
+    """The cells of the paper's table 2, its head first, of the rows of a `summary`."""
+    asked = [task for task in TASKS if any(task in row["scores"] for row in rows)]
+    lines = [["NFE budget", "Feedback", *(TASKS[task].title for task in asked)]]
     for row in rows:
         name = row["budget"] if row["feedback"] == "Binary" else ""
-        lines.append([name, row["feedback"], *(_cell(row, task) for task in tasks)])
-    if markdown:
-        lines.insert(1, ["---", "---", *["---:"] * len(tasks)])
-        return "".join(f"| {' | '.join(line)} |\n" for line in lines)
-    widths = [max(map(len, column)) for column in zip(*lines)]
-    sides = [str.ljust, str.ljust, *[str.rjust] * len(tasks)]
-    rows = [[side(c, w) for side, c, w in zip(sides, line, widths)] for line in lines]
-    return "".join("  ".join(row).rstrip() + "\n" for row in rows)
+        lines.append([name, row["feedback"], *(_cell(row, task) for task in asked)])
+    return lines
 
 
 def _cell(row: dict, task: str) -> str:

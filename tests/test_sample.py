@@ -251,11 +251,11 @@ def test_chat_through_a_pipe_prints_answers_alone(folder):
     assert result.stdout
 
 
-def in_a_terminal(folder, keys, term="xterm-256color"):
-    """Chat in a pseudo-terminal; `keys` are (what to wait for, what to type then)."""
+def in_a_terminal(folder, keys, term="xterm-256color", flags=("--chat", "--new-tokens", "64")):
+    """Run in a pseudo-terminal; `keys` are (what to wait for, what to type then)."""
     pty = pytest.importorskip("pty")
-    command = [sys.executable, sample.__file__, "--model", str(folder), "--chat"]
-    command += ["--new-tokens", "64", "--omegas", "0.9,1,-9"]
+    command = [sys.executable, sample.__file__, "--model", str(folder), *flags]
+    command += ["--omegas", "0.9,1,-9"]
     child, fd = pty.fork()
     if child == 0:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # whatever a job in the background inherits
@@ -302,6 +302,16 @@ def test_ctrl_c_stops_the_answer_and_twice_leaves(folder):
     keys = [(b"> ", b"hello\n"), (b"\x1b[38;5;", b"\x03"), (b"> ", b"\x03")]
     shown, status = in_a_terminal(folder, keys)
     assert status == 130 and "\x1b[?25h" in shown and "Traceback" not in shown
+
+
+def test_watched_samples_form_in_the_terminal_and_are_those_of_a_batch(checkpoint, tmp_path):
+    flags = ["--num", "2", "--nfe", "4", "--dtype", "float32"]
+    out = tmp_path / "watched.jsonl"
+    shown, status = in_a_terminal(checkpoint, [], flags=[*flags, "--watch", "--out", str(out)])
+    assert status == 0 and shown.count("\x1b[?25l") == shown.count("\x1b[?25h") == 2
+    assert shown.count("\x1b[38;5;") > 8, "soft masks in greys"
+    run(checkpoint, *flags, "--omegas", "0.9,1,-9", "--out", str(tmp_path / "plain.jsonl"))
+    assert out.read_text() == (tmp_path / "plain.jsonl").read_text()
 
 
 # Files that are not ours

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 import tasks
+from runtime import layout
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "shared" / "data" / "benchmarks"
 
@@ -598,9 +599,11 @@ def test_a_table_is_laid_out_as_the_papers():
     ]
     names = ("task", "budget", "feedback", "seed", "score")
     scores = [dict(zip(names, score)) for score in scores]
-    assert tasks.table(tasks.summary(scores), markdown=True) == TABLE
+    assert layout(tasks.table(tasks.summary(scores)), markdown=True, left=2) == TABLE
     random.Random(0).shuffle(scores)
-    assert tasks.table(tasks.summary(scores), markdown=True) == TABLE, "in any order"
+    assert layout(tasks.table(tasks.summary(scores)), markdown=True, left=2) == TABLE, (
+        "in any order"
+    )
     with pytest.raises(ValueError, match="the second of its seed"):
         tasks.summary([*scores, scores[0]])
     for bad in ({"task": "math"}, {"feedback": "soft"}):
@@ -618,7 +621,7 @@ def test_a_table_as_text_has_its_columns_under_each_other():
             ("gsm8k", "1/2", "binary", 1, 0.2),
         ]
     ]
-    assert tasks.table(tasks.summary(scores)).splitlines() == [
+    assert layout(tasks.table(tasks.summary(scores)), left=2).splitlines() == [
         "NFE budget     Feedback  HumanEval          GSM8K",
         "1/2            Binary        100.0  15.0 (+- 7.1)",
         "               SM                -              -",
