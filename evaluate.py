@@ -1,6 +1,7 @@
 """Evaluation: one command for every number of the paper's tables.
 
     python evaluate.py ppl --ckpt binary sm                     # perplexity: likelihood.py
+    python evaluate.py runs binary-1 binary-2 sm-1 sm-2         # over seeds: runs.py
     python evaluate.py gen samples.jsonl                        # samples: quality.py
     python evaluate.py tradeoff binary sm --picture figure.svg
     python evaluate.py humaneval --model dream-coder --adapter sm --allow-code-execution
@@ -26,6 +27,7 @@ from pathlib import Path
 import harness
 import likelihood
 import quality
+import runs
 import sample
 import tasks
 from chat import answer, chat_ids
@@ -339,6 +341,7 @@ def parser() -> Parser:
     p = Parser(description="Evaluate a model.")
     commands = p.add_subparsers(required=True, metavar="what")
     likelihood.add_commands(commands)
+    runs.add_commands(commands)
     quality.add_commands(commands)
     for task in tasks.TASKS:
         benchmark_command(commands, task)

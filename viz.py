@@ -11,14 +11,13 @@ import argparse
 import itertools
 import json
 import math
-import re
-import sys
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from data import open_corpus
+from runs import OMEGAS, Curve, by_seed, curves_of, mean_and_spread, over_seeds, score
 from runtime import Parser, atomic_write, generator, run, writable_files
 from softmask import antithetic_times, negative_entropies
 from tracing import tell_position, write_page
@@ -53,76 +52,57 @@ def _save(figure, file: str) -> None:
     pyplot.close(figure)
 
 
-def read_metrics(folder: str | Path) -> list[dict]:
-    """The lines of a run's metrics.jsonl that can be read; of others stderr has one line.
-
-    FileNotFoundError, or ValueError where there is none.
-    """
-    file = Path(folder)
-    file = file / "metrics.jsonl" if file.is_dir() else file
-    found, bad = [], 0
-    for line in file.read_text(errors="replace").splitlines():
-        try:
-            numbers = {k: v for k, v in json.loads(line).items() if type(v) in (int, float)}
-            found.append(numbers | {"step": numbers["step"]})
-        except (ValueError, AttributeError, KeyError, TypeError, RecursionError):
-            bad += 1
-    if not found:
-        raise ValueError(f"{file}: no line of a run's metrics in it")
-    if bad:
-        print(f"{file}: {bad} of {bad + len(found)} lines left out: cut short", file=sys.stderr)
-    return found
-
-
-def by_seed(folders: list[str]) -> dict[str, list[list[dict]]]:
-    """The metrics of runs, those of one name together, whose folders differ in a last "-number"."""
-    groups: dict[str, list] = {}
-    for folder in folders:
-        name = re.sub(r"-\d+$", "", Path(folder).resolve().name)
-        groups.setdefault(name, []).append(read_metrics(folder))
-    return groups
-
-
-def _over_seeds(runs: list[list[dict]], key: str) -> tuple[np.ndarray, ...]:
-    """(steps, mean, sample standard deviation) of a number at the steps where all runs have it."""
-    series = [{e["step"]: e[key] for e in run if key in e} for run in runs]
-    steps = np.array(sorted(set.intersection(*map(set, series))))
-    values = np.array([[s[step] for step in steps] for s in series])
-    spread = values.std(0, ddof=1) if len(values) > 1 else np.zeros(len(steps))
-    return steps, values.mean(0), spread
-
-
-def plot_curves(folders: list[str], file: str, omegas: bool = False) -> None:
-    """Runs against their steps: validation perplexity and omega_s (figure 3), or all omegas and tau
-    (figure 6). Runs whose folders differ in a last "-number" are the seeds of one curve, their mean
-    in a band of a standard deviation. SVG or PNG by the name."""
+def plot_curves(folders: list[str], file: str, omegas: bool = False, gain: bool = False) -> None:
+    """Runs against their steps: validation perplexity and omega_s (figure 3), by how much the
+    NELBO of the others is below the first one's in place of the perplexity (`gain`), or all omegas
+    and tau (figure 6). Runs whose folders differ in a last "-number" are the seeds of one curve,
+    their mean in a band of a standard deviation. SVG or PNG by the name."""
     groups = by_seed(folders)
-    names = ["omega_s", "omega_a", "omega_b", "tau"] if omegas else ["perplexity", "omega_s"]
-    there = {key for runs in groups.values() for run in runs for entry in run for key in entry}
-    names = [n for n in names if n in there or n == "perplexity"]
-    if not names:
+    first, *others = groups
+    if gain and not others:
+        raise ValueError(f"--gain: {first} alone; name what it is compared with")
+    entries = [entry for runs in groups.values() for run in runs.values() for entry in run]
+    names = [n for n in (OMEGAS if omegas else OMEGAS[:1]) if any(n in entry for entry in entries)]
+    if omegas and not names:
         raise ValueError(f"--omegas: none in {', '.join(folders)}, which are binary")
+    if not omegas:
+        names.insert(0, f"below {first}, % of the NELBO" if gain else "validation perplexity")
+    against = score(first, curves_of(groups[first])) if gain else None
     figure, axes = _figure(3.6 * max(2, len(names)), 3.4, len(names))
     for name, one in zip(names, np.atleast_1d(axes)):
         for (group, runs), colour in zip(groups.items(), itertools.cycle(COLOURS)):
-            key = name
-            if name == "perplexity":
-                soft = all(any("val_nelbo_2pass" in entry for entry in run) for run in runs)
-                key = "val_nelbo_2pass" if soft else "val_nelbo_1pass"
-            steps, mean, spread = _over_seeds(runs, key)
+            if name in OMEGAS:
+                steps, values = over_seeds(runs.values(), name)
+            else:
+                steps, values = _validations(group, runs, against)
             if not len(steps):
                 continue
+            mean, spread = mean_and_spread(values)
+            spread = np.nan_to_num(spread)
             low, high = mean - spread, mean + spread
-            if name == "perplexity":
+            if name == "validation perplexity":
                 low, mean, high = np.exp(low), np.exp(mean), np.exp(high)
             label = group + (f" ({len(runs)} seeds)" if len(runs) > 1 else "")
             one.plot(steps, mean, color=colour, lw=1.2, label=label)
             one.fill_between(steps, low, high, color=colour, alpha=0.2, lw=0)
-        one.set_xlabel("steps")
-        one.set_ylabel("validation perplexity" if name == "perplexity" else name)
+        one.set(xlabel="steps", ylabel=name)
         if one.get_legend_handles_labels()[0]:
             one.legend(frameon=False, fontsize=7)
     _save(figure, file)
+
+
+def _validations(
+    name: str, seeds: dict[str, list[dict]], against: Curve | None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Steps (n,) and nats (seeds, n), or per cent below those of `against`; of runs that were
+    killed before a validation there are none."""
+    curves = curves_of(seeds)
+    if not curves:
+        return np.zeros(0), np.zeros((1, 0))
+    curve = score(name, curves)
+    return curve.steps, curve.nats if against is None else curve.gain(
+        curve.steps, against, curve.steps
+    )
 
 
 def plot_lambda(omegas: dict[str, tuple], entropies: np.ndarray, most: float, file: str) -> None:
@@ -217,7 +197,7 @@ def plot_tradeoff(points: list[dict], quality: str, file: str) -> None:
 
 
 def draw_curves(args: argparse.Namespace) -> None:
-    plot_curves(args.runs, args.out, args.omegas)
+    plot_curves(args.runs, args.out, args.omegas, args.gain)
 
 
 def draw_lambda(args: argparse.Namespace) -> None:
@@ -290,6 +270,8 @@ def parser() -> Parser:
     add = command("curves", draw_curves, "training curves (figures 3 and 6)")
     add("runs", nargs="+", help="folders of runs; those that differ in a last -number are seeds")
     add("--omegas", action="store_true", help="all omegas in place of the perplexity")
+    add("--gain", action="store_true",
+        help="by how much of the NELBO the others are below the first, in place of the perplexity")
     add = command("lambda", draw_lambda, "lambda against entropy (Eq. 2)")
     add("--ckpt", nargs="*", default=[], help="of these networks, with the first one's entropies")
     add("--omegas", nargs="*", default=[], help="of these omega_s,omega_a,omega_b")

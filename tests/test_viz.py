@@ -76,6 +76,22 @@ def test_curves_are_means_over_seeds_in_a_band_of_one_deviation(tmp_path, monkey
     assert np.allclose(line.get_xydata(), [[10, 0.15]])
 
 
+def test_the_gain_is_against_the_first_run_seed_by_seed(tmp_path, monkeypatch):
+    plain = [training_run(tmp_path / f"binary-{i}", [1.5, i - 0.5]) for i in (1, 2)]
+    soft = [
+        training_run(tmp_path / f"sm-{i}", [v + 0.5, v], omega_s=0.1)
+        for i, v in [(2, 1.2), (1, 0.9)]
+    ]
+    gain, _ = drawn(monkeypatch, "curves", *plain, *soft, "--gain")
+    assert gain.get_ylabel() == "below binary, % of the NELBO"
+    binary, sm = gain.lines
+    assert sm.get_label() == "sm (2 seeds)" and np.allclose(binary.get_ydata(), 0)
+    below = [100 * ((2.0 - 1.4) + (2.0 - 1.7)) / 2 / 2.0, 100 * ((1 - 0.9) + (2 - 1.2) / 2) / 2]
+    assert np.allclose(sm.get_xydata(), [[0, below[0]], [10, below[1]]])
+    with pytest.raises(ValueError, match="--gain: binary alone"):
+        drawn(monkeypatch, "curves", *plain, "--gain")
+
+
 def test_all_omegas_and_tau_are_drawn_when_asked(tmp_path, monkeypatch):
     one = training_run(
         tmp_path / "one", [2.0, 1.0], omega_s=0.1, omega_a=2.0, omega_b=-3.0, tau=0.9
