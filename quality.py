@@ -26,7 +26,16 @@ import sample
 from data import decode, open_corpus, vocab_size
 from decoding import Strategy, generate, seed_of
 from judge import FIRST_SEED, Judge, judge_texts, load_judge, mauve, optional, read_features
-from runtime import atomic_write, pick_device, pick_dtype, progress, writable_files, writable_folder
+from runs import cell, mean_and_spread, name_and_seed
+from runtime import (
+    atomic_write,
+    layout,
+    pick_device,
+    pick_dtype,
+    progress,
+    writable_files,
+    writable_folder,
+)
 from viz import plot_tradeoff
 from weights import build_model, build_softmask, load_checkpoint
 
@@ -294,6 +303,10 @@ def show(rows: list[dict], settings: dict) -> None:
             none = row["mauve"] is None
             cells += f"{'-' if none else '{mauve:.4f} +- {mauve_std:.4f}'.format(**row):>18}"
         print(f"{cells}  {row['text']}")
+    lines = over_seeds_table(rows)
+    if len(lines) > 1:
+        print("\nmean and deviation over files whose names differ in a last -number")
+        print(layout(lines, left=1), end="")
     if "features_model" in settings:
         print("{features_model} in {dtype}: a text's first {max_tokens} tokens".format(**settings))
     if scored:
@@ -309,6 +322,23 @@ def show(rows: list[dict], settings: dict) -> None:
             f"deviation of {len(seeds)} k-means seeds from {seeds[0]}; features of "
             + ", ".join(settings["features"])
         )
+
+
+def over_seeds_table(rows: list[dict]) -> list[list[str]]:
+    """The cells of a table with a line for each name that has several seeds, its head first."""
+    groups: dict[str, list[dict]] = {}
+    for row in rows:
+        groups.setdefault(name_and_seed(row["text"])[0], []).append(row)
+    columns = [("2-grams", 4), ("3-grams", 4), ("entropy", 3), ("parse", 3), ("gen_ppl", 2)]
+    columns += [("mauve", 4)]
+    columns = [c for c in columns if all(row[c[0]] is not None for row in rows[:1])]
+    lines = [["", "files", *(key for key, _ in columns)]]
+    for name, group in groups.items():
+        if len(group) > 1:
+            values = np.array([[row[key] for key, _ in columns] for row in group], dtype=float)
+            pairs = zip(zip(*mean_and_spread(values)), columns)
+            lines.append([name, str(len(group)), *(cell(pair, d) for pair, (_, d) in pairs)])
+    return lines
 
 
 def tradeoff(args: argparse.Namespace) -> None:

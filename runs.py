@@ -41,12 +41,18 @@ def read_metrics(folder: str | Path) -> list[dict]:
     return found
 
 
+def name_and_seed(place: str) -> tuple[str, str]:
+    """The name of a folder or of a .jsonl file, and the "-number" at its end ("" if none)."""
+    name = Path(place).resolve().name.removesuffix(".jsonl")
+    return re.fullmatch(r"(.*?)(-\d+)?", name, re.S).groups("")
+
+
 def by_seed(folders: list[str]) -> dict[str, dict[str, list[dict]]]:
     """The metrics of runs by their names, and of one name by the "-number" in which their folders
     differ ("" where there is none). ValueError where a run is named twice."""
     groups: dict[str, dict] = {}
     for folder in folders:
-        name, seed = re.fullmatch(r"(.*?)(-\d+)?", Path(folder).resolve().name).groups("")
+        name, seed = name_and_seed(folder)
         if seed in groups.setdefault(name, {}):
             raise ValueError(f"{folder}: another run of that name is there already")
         groups[name][seed] = read_metrics(folder)
@@ -144,7 +150,7 @@ def compare(args: argparse.Namespace) -> None:
 
 def some_steps(curves: list[Curve]) -> np.ndarray:
     """About seven of the steps at which all were validated, the last among them."""
-    shared = reduce(np.intersect1d, [curve.steps for curve in curves])
+    shared = reduce(np.intersect1d, [curve.steps[curve.steps > 0] for curve in curves])
     return shared[:: -max(1, len(shared) // 7)][::-1]
 
 

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import sys
 
 import numpy as np
@@ -83,6 +84,21 @@ def test_samples_of_different_lengths_are_not_compared(run, tmp_path):
     flags = ["gen", str(tmp_path / "3"), str(tmp_path / "4"), "--ckpt", str(run)]
     with pytest.raises(ValueError, match="samples of 4 tokens beside those of 3"):
         quality.gen(evaluate.parser().parse_args([*flags, "--cache", str(run)]))
+
+
+def test_seeds_have_a_line_with_their_mean_and_deviation(run, tmp_path, capsys):
+    rows = np.random.default_rng(0).integers(250, size=(4, 9))
+    for name, ids in [("a-1", rows), ("a-2", rows[:2]), ("b", rows)]:
+        lines = [json.dumps({"ids": row.tolist()}) for row in ids]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
+    gen(run, *(tmp_path / f"{name}.jsonl" for name in ("a-1", "b", "a-2")))
+    table = capsys.readouterr().out.split("differ in a last -number\n")[1]
+    head, line = (re.split(" {2,}", text.strip()) for text in table.splitlines()[:2])
+    entropies = [quality.unigram_entropy(ids) for ids in (rows, rows[:2])]
+    mean, deviation = map(float, line[1 + head.index("entropy")].split(" +- "))
+    assert line[:2] == ["a", "2"], "b is alone"
+    assert mean == pytest.approx(np.mean(entropies), abs=6e-4)
+    assert deviation == pytest.approx(np.std(entropies, ddof=1), abs=6e-4)
 
 
 # MAUVE and generative perplexity

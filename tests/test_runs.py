@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 import evaluate
+import runs
 
 
 def metrics_of(folder, one, two=None, speed=100.0, omega_s=None):
@@ -98,3 +99,11 @@ def test_steps_without_validation_are_left_empty(seeds, tmp_path, capsys):
     (tmp_path / "old" / "metrics.jsonl").write_text('{"step": 100, "val_nelbo_1pass": 3.0}\n')
     ends = tables_of(tmp_path, seeds[0], tmp_path / "old")["ends"]
     assert ends[1]["cost"] is None and "equal" not in ends[1]
+
+
+@pytest.mark.parametrize(
+    ("place", "name", "seed"),
+    [("a/sm-12", "sm", "-12"), ("p0.5", "p0.5", ""), ("sm-16-3.jsonl", "sm-16", "-3")],
+)
+def test_the_last_number_of_a_name_is_its_seed(place, name, seed):
+    assert runs.name_and_seed(place) == (name, seed)
