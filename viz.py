@@ -160,7 +160,7 @@ def plot_quality(rows: list[dict], measure: str, file: str) -> None:
 def plot_tradeoff(points: list[dict], quality: str, file: str) -> None:
     """Quality against speed (figure 4): a dot each of `points`, {"network", "decoding", "label",
     "speed" in tokens a second, "quality", "error"}; a colour a network, a sign a way of decoding,
-    whose dots are joined. SVG or PNG by the name."""
+    whose dots are joined; the first network's bear their labels. SVG or PNG by the name."""
     figure, axes = _figure(7.2, 4.6)
     from matplotlib import ticker
 
@@ -168,7 +168,7 @@ def plot_tradeoff(points: list[dict], quality: str, file: str) -> None:
         list(dict.fromkeys(point[key] for point in points)) for key in ("network", "decoding")
     )
     for network, colour in zip(networks, itertools.cycle(COLOURS)):
-        for decoding, marker in zip(decodings, itertools.cycle("os^Dvx")):
+        for i, (decoding, marker) in enumerate(zip(decodings, itertools.cycle("os^Dvx"))):
             own = [p for p in points if (p["network"], p["decoding"]) == (network, decoding)]
             own.sort(key=lambda p: p["speed"])
             x, y, error = ([p[key] for p in own] for key in ("speed", "quality", "error"))
@@ -177,10 +177,10 @@ def plot_tradeoff(points: list[dict], quality: str, file: str) -> None:
                 x, y, error, color=colour, marker=marker, ms=5, ls=line, lw=1, capsize=2,
                 label=f"{network}, {decoding}",
             )  # fmt: skip
-            for point in own:
+            for point in own if network == networks[0] else []:
                 axes.annotate(
                     point["label"], (point["speed"], point["quality"]), color=colour, fontsize=7,
-                    textcoords="offset points", xytext=(4, 4),
+                    textcoords="offset points", xytext=(0, -14 if i % 2 else 8), ha="center",
                 )  # fmt: skip
     axes.set_xscale("log")
     axes.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))

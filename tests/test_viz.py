@@ -25,7 +25,7 @@ def test_tradeoff_names_axes_networks_and_ways_of_decoding(tmp_path, monkeypatch
     picture = (tmp_path / "a.svg").read_text()
     for text in ("tokens a second", "divergence, bits", "binary, budget 0.25", ">32<"):
         assert text in picture
-    assert picture.count(">8<") == 4 and "soft-masked, threshold 0.9" in picture
+    assert picture.count(">8<") == 2 and "soft-masked, threshold 0.9" in picture
 
 
 @pytest.mark.parametrize("name", ["a.svg", "a.png"])
