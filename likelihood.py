@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from data import Corpus, open_corpus, token_bytes
-from runtime import atomic_write, generator, layout, pick_device, pick_dtype, writable_files
+from runtime import atomic_write, finite, generator, layout, pick_device, pick_dtype, writable_files
 from softmask import SoftMask
 from train import EVAL_BATCH, bits_per_byte, in_batches
 from training import EVAL_SEED, Batch, batch_sums, mean_and_error, perplexity
@@ -216,11 +216,6 @@ def paired(sums: list[float], first: list[float], counts: list[int]) -> tuple[fl
     """Nats a token more than the first model's, and their standard error: texts, times and masks
     are the same, and what they add to both cancels."""
     return mean_and_error([a - b for a, b in zip(sums, first, strict=True)], counts)
-
-
-def finite(value):
-    """A number that JSON has, else None."""
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def named(name: str, value: float, error: float) -> dict[str, float]:

@@ -26,7 +26,7 @@ import sample
 from data import decode, open_corpus, vocab_size
 from decoding import Strategy, generate, seed_of
 from judge import FIRST_SEED, Judge, judge_texts, load_judge, mauve, optional, read_features
-from runs import cell, mean_and_spread, name_and_seed
+from runs import by_seed, cell, mean_and_spread
 from runtime import (
     atomic_write,
     layout,
@@ -305,7 +305,7 @@ def show(rows: list[dict], settings: dict) -> None:
         print(f"{cells}  {row['text']}")
     lines = over_seeds_table(rows)
     if len(lines) > 1:
-        print("\nmean and deviation over files whose names differ in a last -number")
+        print("\nmean and deviation over files of one decoding that differ in a last -number")
         print(layout(lines, left=1), end="")
     if "features_model" in settings:
         print("{features_model} in {dtype}: a text's first {max_tokens} tokens".format(**settings))
@@ -326,15 +326,13 @@ def show(rows: list[dict], settings: dict) -> None:
 
 def over_seeds_table(rows: list[dict]) -> list[list[str]]:
     """The cells of a table with a line for each name that has several seeds, its head first."""
-    groups: dict[str, list[dict]] = {}
-    for row in rows:
-        groups.setdefault(name_and_seed(row["text"])[0], []).append(row)
     columns = [("2-grams", 4), ("3-grams", 4), ("entropy", 3), ("parse", 3), ("gen_ppl", 2)]
-    columns += [("mauve", 4)]
-    columns = [c for c in columns if all(row[c[0]] is not None for row in rows[:1])]
+    columns = [c for c in [*columns, ("mauve", 4)] if rows[0][c[0]] is not None]
     lines = [["", "files", *(key for key, _ in columns)]]
-    for name, group in groups.items():
-        if len(group) > 1:
+    samples = {row["text"]: row for row in rows if row["text"] not in (TRAINING, HELD_OUT)}
+    for name, seeds in by_seed(samples).items():
+        group = [samples[place] for place in seeds.values()]
+        if len(group) > 1 and len({tuple(row.get(key) for key in HOW) for row in group}) == 1:
             values = np.array([[row[key] for key, _ in columns] for row in group], dtype=float)
             pairs = zip(zip(*mean_and_spread(values)), columns)
             lines.append([name, str(len(group)), *(cell(pair, d) for pair, (_, d) in pairs)])

@@ -130,6 +130,11 @@ def progress(iterable=None, **kwargs) -> tqdm:
     return tqdm(iterable, file=sys.stderr, **({"disable": silent, "dynamic_ncols": True} | kwargs))
 
 
+def finite(value):
+    """A value as JSON has it: None in place of a number that is not finite."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def layout(lines: list[list[str]], markdown: bool = False, left: int = 0) -> str:
     """A table whose first line is its head: as text, or in Markdown; all columns but the first
     `left` end at the right."""

@@ -17,7 +17,15 @@ import numpy as np
 import torch
 
 from data import open_corpus
-from runs import OMEGAS, Curve, by_seed, curves_of, mean_and_spread, over_seeds, score
+from runs import (
+    OMEGAS,
+    by_seed,
+    curves_of,
+    mean_and_spread,
+    metrics_file,
+    over_seeds,
+    read_metrics,
+)
 from runtime import Parser, atomic_write, generator, run, writable_files
 from softmask import antithetic_times, negative_entropies
 from tracing import tell_position, write_page
@@ -53,56 +61,57 @@ def _save(figure, file: str) -> None:
 
 
 def plot_curves(folders: list[str], file: str, omegas: bool = False, gain: bool = False) -> None:
-    """Runs against their steps: validation perplexity and omega_s (figure 3), by how much the
-    NELBO of the others is below the first one's in place of the perplexity (`gain`), or all omegas
-    and tau (figure 6). Runs whose folders differ in a last "-number" are the seeds of one curve,
-    their mean in a band of a standard deviation. SVG or PNG by the name."""
-    groups = by_seed(folders)
-    first, *others = groups
-    if gain and not others:
-        raise ValueError(f"--gain: {first} alone; name what it is compared with")
+    """Runs against their steps: validation perplexity and omega_s (figure 3), by how much the NELBO
+    is below the first one's in place of the perplexity (`gain`), or all omegas and tau (figure 6).
+    Runs of one folder that differ in a last "-number" are the seeds of one curve, their mean in a
+    band of a standard deviation. SVG or PNG by the name."""
+    writable_files({"--out": file}, map(metrics_file, folders))
+    groups = {
+        name: {seed: read_metrics(place) for seed, place in seeds.items()}
+        for name, seeds in by_seed(folders).items()
+    }
+    validated = {name: found[-1] for name, seeds in groups.items() if (found := curves_of(seeds))}
+    first = next(iter(groups))
+    if gain and (omegas or len(groups) == 1 or first not in validated):
+        raise ValueError("--gain: a validated run first, then those to compare; without --omegas")
     entries = [entry for runs in groups.values() for run in runs.values() for entry in run]
     names = [n for n in (OMEGAS if omegas else OMEGAS[:1]) if any(n in entry for entry in entries)]
     if omegas and not names:
         raise ValueError(f"--omegas: none in {', '.join(folders)}, which are binary")
     if not omegas:
-        names.insert(0, f"below {first}, % of the NELBO" if gain else "validation perplexity")
-    against = score(first, curves_of(groups[first])) if gain else None
+        names.insert(0, f"NELBO below that of {first}, %" if gain else "validation perplexity")
     figure, axes = _figure(3.6 * max(2, len(names)), 3.4, len(names))
     for name, one in zip(names, np.atleast_1d(axes)):
         for (group, runs), colour in zip(groups.items(), itertools.cycle(COLOURS)):
             if name in OMEGAS:
                 steps, values = over_seeds(runs.values(), name)
+            elif group in validated:  # a run that was killed may not be
+                steps, values = validated[group].steps, validated[group].nats
+                if gain:
+                    its = validated[first].at(steps)
+                    values = validated[group].below(values, validated[first], its)
             else:
-                steps, values = _validations(group, runs, against)
+                continue
             if not len(steps):
                 continue
             mean, spread = mean_and_spread(values)
-            spread = np.nan_to_num(spread)
             low, high = mean - spread, mean + spread
             if name == "validation perplexity":
-                low, mean, high = np.exp(low), np.exp(mean), np.exp(high)
-            label = group + (f" ({len(runs)} seeds)" if len(runs) > 1 else "")
-            one.plot(steps, mean, color=colour, lw=1.2, label=label)
+                low, mean, high = (np.exp(np.minimum(v, 700)) for v in (low, mean, high))
+            label = group + (f" ({len(values)} seeds)" if len(values) > 1 else "")
+            alone = "o" if len(steps) == 1 else None  # a line of one point would not be seen
+            one.plot(steps, mean, color=colour, lw=1.2, marker=alone, label=_plain(label))
             one.fill_between(steps, low, high, color=colour, alpha=0.2, lw=0)
-        one.set(xlabel="steps", ylabel=name)
+        one.set(xlabel="steps", ylabel=_plain(name))
         if one.get_legend_handles_labels()[0]:
             one.legend(frameon=False, fontsize=7)
     _save(figure, file)
 
 
-def _validations(
-    name: str, seeds: dict[str, list[dict]], against: Curve | None
-) -> tuple[np.ndarray, np.ndarray]:
-    """Steps (n,) and nats (seeds, n), or per cent below those of `against`; of runs that were
-    killed before a validation there are none."""
-    curves = curves_of(seeds)
-    if not curves:
-        return np.zeros(0), np.zeros((1, 0))
-    curve = score(name, curves)
-    return curve.steps, curve.nats if against is None else curve.gain(
-        curve.steps, against, curve.steps
-    )
+def _plain(label: str) -> str:
+    """A name in a picture: neither mathematics ($), nor left out of the legend (_)."""
+    label = " ".join(label.split()).replace("$", r"\$")
+    return f" {label}" if label.startswith("_") else label
 
 
 def plot_lambda(omegas: dict[str, tuple], entropies: np.ndarray, most: float, file: str) -> None:
@@ -271,7 +280,7 @@ def parser() -> Parser:
     add("runs", nargs="+", help="folders of runs; those that differ in a last -number are seeds")
     add("--omegas", action="store_true", help="all omegas in place of the perplexity")
     add("--gain", action="store_true",
-        help="by how much of the NELBO the others are below the first, in place of the perplexity")
+        help="by how many per cent NELBOs are below the first run's, in place of the perplexity")
     add = command("lambda", draw_lambda, "lambda against entropy (Eq. 2)")
     add("--ckpt", nargs="*", default=[], help="of these networks, with the first one's entropies")
     add("--omegas", nargs="*", default=[], help="of these omega_s,omega_a,omega_b")

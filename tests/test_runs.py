@@ -40,40 +40,60 @@ def seeds(tmp_path):
 
 
 def test_runs_are_means_over_seeds_and_gains_are_of_pairs(seeds, tmp_path):
-    found = tables_of(tmp_path, *seeds, "--at", 100, 150, 200)
+    found = tables_of(tmp_path, *seeds, "--at", 100, 200)
     plain, one, two = found["rows"]
     assert [(r["run"], r["passes"]) for r in found["rows"]] == [("binary", 1), ("sm", 1), ("sm", 2)]
-    assert np.allclose([m for m, _ in plain["nats"]], [3.25, 2.75, 2.25])
-    assert np.allclose([d for _, d in plain["nats"]], np.std([2.0, 2.5], ddof=1)), "150: halfway"
+    assert np.allclose([m for m, _ in plain["nats"]], [3.25, 2.25])
+    assert np.allclose([d for _, d in plain["nats"]], np.std([2.0, 2.5], ddof=1))
     gains = np.array([[1 - 1.6 / 2.0], [1 - 2.25 / 2.5]])  # 20 and 10 %
-    assert np.allclose(two["gain"][2], [15, 100 * gains.std(ddof=1)])
-    assert "gain" not in plain and np.allclose(one["gain"][0], [0, 0])
+    assert np.allclose(two["below"][1], [15, 100 * gains.std(ddof=1)])
+    assert "below" not in plain and np.allclose(one["below"][0], [0, 0])
 
 
 def test_equal_cost_takes_the_dearer_run_at_fewer_steps(seeds, tmp_path):
-    binary, sm = tables_of(tmp_path, *seeds)["ends"]
-    assert "cost" not in binary and sm["cost"] == 1.25, "by the speeds, 125 and 100"
-    assert sm["equal"] == 200, "the binary runs end there; soft-masked ones stand at 160 then"
+    binary, sm = tables_of(tmp_path, *seeds, "--cost", 1.25)["ends"]
+    assert "cost" not in binary
+    assert (sm["equal_first_steps"], sm["equal_steps"]) == (200, 160), "the binary runs end there"
     at_160 = np.array([2.7 + 0.6 * (1.6 - 2.7), 3.0 + 0.6 * (2.25 - 3.0)])
     assert np.allclose(sm["equal_nats"], [at_160.mean(), at_160.std(ddof=1)])
     gains = 100 * (1 - at_160 / [2.0, 2.5])
-    assert np.allclose(sm["equal_gain"], [gains.mean(), gains.std(ddof=1)])
+    assert np.allclose(sm["equal_below"], [gains.mean(), gains.std(ddof=1)])
     assert np.allclose(sm["omega_s"], [0.4, np.std([0.3, 0.5], ddof=1)])
     cheap = tables_of(tmp_path, *seeds, "--cost", 0.5)["ends"][1]
-    assert cheap["equal"] == 100, "and where the other ends first, as far as that goes"
-    assert np.allclose(cheap["equal_gain"][0], 100 * (1 - np.array([1.6 / 3.0, 2.25 / 3.5])).mean())
+    assert (cheap["equal_first_steps"], cheap["equal_steps"]) == (100, 200), "these end first"
+    assert np.allclose(cheap["equal_below"][0], 100 * (1 - np.array([1.6 / 3, 2.25 / 3.5])).mean())
 
 
-def test_other_seeds_are_compared_by_their_means(seeds, tmp_path, capsys):
-    (_, two), (_, sm) = (
-        found["rows"][1:] if key == "rows" else found["ends"]
-        for found in [tables_of(tmp_path, *seeds[:3])]
-        for key in ("rows", "ends")
-    )
-    assert two["gain"][-1] == [pytest.approx(0), None], "2.25 both; one run has no deviation"
-    assert sm["nats"] == [2.25, None]
+@pytest.mark.parametrize("cost", np.linspace(1.01, 1.6, 60).tolist())
+def test_a_cost_that_rounds_badly_still_has_an_end(cost):
+    long, short = (runs.Curve(1, ("",), np.array([0, n]), np.ones((1, 2))) for n in (9999, 1000))
+    assert runs.at_equal_cost(short, long, cost)["equal_nats"] == (1.0, None)
+
+
+def test_seeds_that_both_have_are_paired_and_others_not(seeds, tmp_path, capsys):
+    _, _, two = tables_of(tmp_path, *seeds[:3])["rows"]
+    assert two["below"][-1] == [pytest.approx(10), None], "2.25 against seed 2's 2.5"
+    _, _, two = tables_of(tmp_path, seeds[0], seeds[2])["rows"]
+    assert two["below"][-1] == [pytest.approx(-12.5), None], "2.25 against seed 1's 2.0"
     table = capsys.readouterr().out
     assert "2.2500 +- 0.3536" in table and "nan" not in table
+
+
+def test_runs_of_one_name_in_two_folders_are_no_seeds_of_one(seeds, tmp_path):
+    (tmp_path / "other").mkdir()
+    more = metrics_of(tmp_path / "other" / "sm-1", [3.0, 2.0, 1.0])
+    found = tables_of(tmp_path, *seeds, f"{more}/metrics.jsonl")
+    names = [row["run"] for row in found["ends"]]
+    assert names == ["binary", f"{tmp_path.name}/sm", "other/sm"]
+
+
+@pytest.mark.parametrize(
+    ("place", "name", "seed"),
+    [("a/sm-12", "sm", "-12"), ("p0.5", "p0.5", ""), ("sm-16-3.jsonl", "sm-16", "-3"),
+     ("s1e-6", "s1e-6", ""), ("sm-2/", "sm", "-2"), ("sm-2/metrics.jsonl", "sm", "-2")],
+)  # fmt: skip
+def test_the_last_number_of_a_name_is_its_seed(place, name, seed):
+    assert runs.by_seed([place]) == {name: {seed: place}}
 
 
 @pytest.mark.parametrize("lines", ["", '{"step": 10, "loss": 1.0}\n'])
@@ -85,25 +105,42 @@ def test_a_run_without_validation_is_named(seeds, tmp_path, lines):
 
 
 def test_what_cannot_be_compared_is_named(seeds, tmp_path):
-    with pytest.raises(ValueError, match="binary-1: another run of that name"):
+    with pytest.raises(ValueError, match="binary-1: named twice"):
         tables_of(tmp_path, seeds[0], seeds[0])
-    with pytest.raises(ValueError, match="--cost 0.0: above 0"):
+    with pytest.raises(ValueError, match="--cost 0: from 0.01"):
         tables_of(tmp_path, *seeds, "--cost", 0)
+    with pytest.raises(ValueError, match=r"--json.*binary-1/metrics.jsonl"):
+        runs.compare(evaluate.parser().parse_args(
+            ["runs", *seeds, "--json", f"{seeds[0]}/metrics.jsonl"]))  # fmt: skip
+    apart = metrics_of(tmp_path / "apart", [3.0])
+    with pytest.raises(ValueError, match="no step at which all runs were validated"):
+        tables_of(tmp_path, write_lines(tmp_path / "a", {"step": 7, "val_nelbo_1pass": 1.0}), apart)
 
 
-def test_steps_without_validation_are_left_empty(seeds, tmp_path, capsys):
-    found = tables_of(tmp_path, *seeds, "--at", 100, 900)
-    assert found["rows"][0]["nats"][1] == [None, None]
-    assert "nan" not in capsys.readouterr().out
-    (tmp_path / "old").mkdir()  # of a run that logged no speed
-    (tmp_path / "old" / "metrics.jsonl").write_text('{"step": 100, "val_nelbo_1pass": 3.0}\n')
-    ends = tables_of(tmp_path, seeds[0], tmp_path / "old")["ends"]
-    assert ends[1]["cost"] is None and "equal" not in ends[1]
+def write_lines(folder, *lines):
+    folder.mkdir()
+    text = "".join((line if isinstance(line, str) else json.dumps(line)) + "\n" for line in lines)
+    (folder / "metrics.jsonl").write_text(text)
+    return str(folder)
 
 
 @pytest.mark.parametrize(
-    ("place", "name", "seed"),
-    [("a/sm-12", "sm", "-12"), ("p0.5", "p0.5", ""), ("sm-16-3.jsonl", "sm-16", "-3")],
-)
-def test_the_last_number_of_a_name_is_its_seed(place, name, seed):
-    assert runs.name_and_seed(place) == (name, seed)
+    "line",
+    ['{"step": 1e999}', '{"step": NaN}', '{"step": 1.7}', '{"step": -3}',
+     '{"step": 1' + "0" * 30 + "}",
+     "[1]", "\x00", '{"step": 3', "{}"],
+)  # fmt: skip
+def test_lines_that_are_no_metrics_are_counted(tmp_path, capsys, line):
+    good = {"step": 5, "val_nelbo_1pass": 1.5, "loss": float("inf"), "tokens_per_second": 0}
+    assert runs.read_metrics(write_lines(tmp_path / "a", good, line)) == [
+        {"step": 5, "val_nelbo_1pass": 1.5, "tokens_per_second": 0}
+    ]
+    assert "1 of 2 lines left out" in capsys.readouterr().err
+
+
+def test_steps_without_validation_are_left_empty(seeds, tmp_path, capsys):
+    found = tables_of(tmp_path, *seeds, "--at", 100, 150, 900)
+    assert found["rows"][0]["nats"][1:] == [[None, None]] * 2
+    assert "nan" not in capsys.readouterr().out
+    old = write_lines(tmp_path / "old", {"step": 100, "val_nelbo_1pass": 3.0})
+    assert tables_of(tmp_path, seeds[0], old)["ends"][1]["tokens_per_second"] == [None, None]

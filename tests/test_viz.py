@@ -83,12 +83,12 @@ def test_the_gain_is_against_the_first_run_seed_by_seed(tmp_path, monkeypatch):
         for i, v in [(2, 1.2), (1, 0.9)]
     ]
     gain, _ = drawn(monkeypatch, "curves", *plain, *soft, "--gain")
-    assert gain.get_ylabel() == "below binary, % of the NELBO"
+    assert gain.get_ylabel() == "NELBO below that of binary, %"
     binary, sm = gain.lines
     assert sm.get_label() == "sm (2 seeds)" and np.allclose(binary.get_ydata(), 0)
     below = [100 * ((2.0 - 1.4) + (2.0 - 1.7)) / 2 / 2.0, 100 * ((1 - 0.9) + (2 - 1.2) / 2) / 2]
     assert np.allclose(sm.get_xydata(), [[0, below[0]], [10, below[1]]])
-    with pytest.raises(ValueError, match="--gain: binary alone"):
+    with pytest.raises(ValueError, match="--gain: a validated run first"):
         drawn(monkeypatch, "curves", *plain, "--gain")
 
 
