@@ -264,6 +264,25 @@ def test_hovering_or_focusing_a_cell_lists_what_it_blends(browser, tmp_path):
     assert "“t8” (id 8)" in panel(browser) and "before that a soft mask: λ 0.2500" in panel(browser)
 
 
+@pytest.mark.parametrize(
+    ("fragment", "step", "shown"),
+    [("#1,2", "1", "position 2, soft mask"), ("#2", "2", "Point at"), ("#9,9", "2", "Point at"),
+     ("#-1,1", "0", "position 1, mask"), ("#x,<b>", "0", "Point at"), ("", "0", "Point at")],
+)  # fmt: skip
+def test_a_link_leads_to_a_step_and_a_position(browser, tmp_path, fragment, step, shown):
+    entries = [{"step": 0, "drawn": [[0, 5]], "soft": [[2, 0.5, -2.0, [3, 4], [0.6, 0.4]]]},
+               {"step": 1, "drawn": [[1, 8], [2, 3]]}]  # fmt: skip
+    opened(browser, tmp_path, write(tmp_path / "a.jsonl", [MASK] * 3, entries))
+    browser.get("about:blank")
+    browser.get((tmp_path / "page.html").as_uri() + fragment)
+    assert at(browser) == step and shown in panel(browser)
+    browser.execute_script("location.hash = '#1,0'")
+    wait = time.monotonic() + 5
+    while at(browser) != "1" and time.monotonic() < wait:
+        time.sleep(0.02)
+    assert at(browser) == "1" and "position 0" in panel(browser)
+
+
 def test_the_keyboard_steps_plays_and_walks_over_the_text(browser, tmp_path):
     from selenium.webdriver import Keys
 
