@@ -278,6 +278,7 @@ def parser() -> Parser:
     group["reports"]("--eval-batches", type=int, default=20,
         help=f"of {EVAL_BATCH} held-out sequences")
     group["machine"]("--compile", action="store_true", help="torch.compile the network")
+    p.set_defaults(omega_s=0.3)  # a short run has no time to climb from near 0
     # fmt: on
     return p
 
