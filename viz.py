@@ -34,6 +34,15 @@ from weights import build_model, build_softmask, load_checkpoint
 # Okabe and Ito's, told apart by the colour-blind
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#000000")
 
+MEASURES = {  # the columns of evaluate.py gen
+    "2-grams": "2-gram divergence from held-out text, bits",
+    "3-grams": "3-gram divergence from held-out text, bits",
+    "entropy": "entropy of a sample's tokens, nats",
+    "parse": "share that parses as Python",
+    "gen_ppl": "generative perplexity",
+    "mauve": "MAUVE",
+}
+
 
 def _figure(width: float, height: float, columns: int = 1, rows: int = 1):
     """A figure and its axes, alone or in an array."""
@@ -140,9 +149,10 @@ def plot_lambda(omegas: dict[str, tuple], entropies: np.ndarray, most: float, fi
     _save(figure, file)
 
 
-def plot_quality(rows: list[dict], measure: str, file: str) -> None:
+def plot_quality(rows: list[dict], measure: str, file: str, text: float | None = None) -> None:
     """A measure of samples against NFE (table 1) of {"nfe", "strategy", "feedback", measure}: a
-    line a strategy and feedback, means over rows in a band of a standard deviation."""
+    line a strategy and feedback, means over rows in a band of a standard deviation; and a level,
+    that of training `text`."""
     figure, axes = _figure(5.4, 3.6)
     groups: dict[tuple, dict] = {}
     for row in rows:
@@ -161,7 +171,9 @@ def plot_quality(rows: list[dict], measure: str, file: str) -> None:
         axes.fill_between(nfe, mean - spread, mean + spread, color=colour, alpha=0.2, lw=0)
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter(lambda v, _: f"{v:g}")
-    axes.set(xlabel="NFE", ylabel=measure)
+    if text is not None:
+        axes.axhline(text, color="0.4", lw=1, ls="-.", label="training text")
+    axes.set(xlabel="NFE (steps)", ylabel=MEASURES.get(measure, measure))
     axes.legend(frameon=False, fontsize=8)
     _save(figure, file)
 
@@ -248,20 +260,23 @@ def held_out_entropies(state: dict, cache: str) -> tuple[np.ndarray, float]:
 
 def draw_quality(args: argparse.Namespace) -> None:
     """From the files of `evaluate.py gen --json`."""
-    rows = []
+    rows, text = [], None
     for file in args.scores:
         try:
             found = json.loads(Path(file).read_text())["rows"]
             for row in found:
-                if "nfe" in row and row[args.measure] is not None:
+                value = row[args.measure] if "nfe" in row else row.get(args.measure)
+                if value is not None and row.get("text") == "(training text)":
+                    text = float(value)
+                elif value is not None and "nfe" in row:
                     rows.append({key: row[key] for key in ("strategy", "feedback")})
-                    rows[-1] |= {"nfe": int(row["nfe"]), args.measure: float(row[args.measure])}
+                    rows[-1] |= {"nfe": int(row["nfe"]), args.measure: float(value)}
                     hash(tuple(rows[-1].values()))
         except (ValueError, KeyError, TypeError, RecursionError):
             raise ValueError(f"{file}: no {args.measure!r} of evaluate.py gen --json") from None
     if not rows:
         raise ValueError("no samples that say their NFE, which sample.py --out writes")
-    plot_quality(rows, args.measure, args.out)
+    plot_quality(rows, args.measure, args.out, text)
 
 
 def parser() -> Parser:

@@ -141,12 +141,17 @@ def test_quality_is_a_line_a_strategy_and_feedback(tmp_path, monkeypatch):
         ]
     ]  # fmt: skip
     file = tmp_path / "scores.json"
-    file.write_text(json.dumps({"rows": [*rows, {"text": "(held-out text)", "3-grams": 0.0}]}))
+    levels = [
+        {"text": f"({name} text)", "3-grams": v} for name, v in (("held-out", 0), ("training", 0.4))
+    ]
+    file.write_text(json.dumps({"rows": [*rows, *levels]}))
     (axes,) = drawn(monkeypatch, "quality", file)
+    assert axes.get_ylabel() == "3-gram divergence from held-out text, bits"
     found = {line.get_label(): line.get_xydata().tolist() for line in axes.lines}
     assert found == {
         "mdlm, binary": [[16, 0.95]],
         "mdlm, sm": [[16, pytest.approx(0.8)], [64, 0.5]],
+        "training text": [[0, 0.4], [1, 0.4]],
     }
     with pytest.raises(ValueError, match="no samples that say"):
         drawn(monkeypatch, "quality", file, "--measure", "mauve")
