@@ -153,7 +153,7 @@ def plot_quality(rows: list[dict], measure: str, file: str, text: float | None =
     """A measure of samples against NFE (table 1) of {"nfe", "strategy", "feedback", measure}: a
     line a strategy and feedback, means over rows in a band of a standard deviation; and a level,
     that of training `text`."""
-    figure, axes = _figure(5.4, 3.6)
+    figure, axes = _figure(6.8, 3.6)
     groups: dict[tuple, dict] = {}
     for row in rows:
         group = groups.setdefault((row["strategy"], row["feedback"]), {})
@@ -174,7 +174,7 @@ def plot_quality(rows: list[dict], measure: str, file: str, text: float | None =
     if text is not None:
         axes.axhline(text, color="0.4", lw=1, ls="-.", label="training text")
     axes.set(xlabel="NFE (steps)", ylabel=MEASURES.get(measure, measure))
-    axes.legend(frameon=False, fontsize=8)
+    figure.legend(frameon=False, fontsize=8, loc="outside right upper")
     _save(figure, file)
 
 
