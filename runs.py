@@ -69,6 +69,14 @@ def by_seed(places: Iterable[str]) -> dict[str, dict[str, str]]:
     }
 
 
+def read_runs(places: Iterable[str]) -> dict[str, dict[str, list[dict]]]:
+    """The metrics of runs, `by_seed`."""
+    groups = by_seed(places).items()
+    return {
+        name: {seed: read_metrics(place) for seed, place in seeds.items()} for name, seeds in groups
+    }
+
+
 def over_seeds(runs: Iterable[list[dict]], key: str) -> tuple[np.ndarray, np.ndarray]:
     """The steps (n,) at which all runs have a number, and what it is there (runs, n)."""
     series = [{e["step"]: e[key] for e in run if key in e} for run in runs]
@@ -129,10 +137,7 @@ def compare(args: argparse.Namespace) -> None:
     if args.cost is not None and not 0.01 <= args.cost <= 100:
         raise ValueError(f"--cost {args.cost:g}: from 0.01 to 100")
     writable_files({"--json": args.json}, map(metrics_file, args.runs))
-    groups = {
-        name: {seed: read_metrics(place) for seed, place in seeds.items()}
-        for name, seeds in by_seed(args.runs).items()
-    }
+    groups = read_runs(args.runs)
     curves = {name: curves_of(seeds) for name, seeds in groups.items()}
     for name, found in curves.items():
         if not found:

@@ -19,12 +19,11 @@ import torch
 from data import open_corpus
 from runs import (
     OMEGAS,
-    by_seed,
     curves_of,
     mean_and_spread,
     metrics_file,
     over_seeds,
-    read_metrics,
+    read_runs,
 )
 from runtime import Parser, atomic_write, generator, run, writable_files
 from softmask import antithetic_times, negative_entropies
@@ -75,10 +74,7 @@ def plot_curves(folders: list[str], file: str, omegas: bool = False, gain: bool 
     Runs of one folder that differ in a last "-number" are the seeds of one curve, their mean in a
     band of a standard deviation. SVG or PNG by the name."""
     writable_files({"--out": file}, map(metrics_file, folders))
-    groups = {
-        name: {seed: read_metrics(place) for seed, place in seeds.items()}
-        for name, seeds in by_seed(folders).items()
-    }
+    groups = read_runs(folders)
     validated = {name: found[-1] for name, seeds in groups.items() if (found := curves_of(seeds))}
     first = next(iter(groups))
     if gain and (omegas or len(groups) == 1 or first not in validated):
@@ -161,8 +157,7 @@ def plot_quality(rows: list[dict], measure: str, file: str, text: float | None =
     strategies = list(dict.fromkeys(strategy for strategy, _ in groups))
     for (strategy, feedback), found in sorted(groups.items()):
         nfe = np.array(sorted(found))
-        mean = np.array([np.mean(found[n]) for n in nfe])
-        spread = np.array([np.std(found[n], ddof=1) if len(found[n]) > 1 else 0 for n in nfe])
+        mean, spread = np.array([mean_and_spread(np.array(found[n])) for n in nfe]).T
         colour = COLOURS[feedback == "sm"]
         i = strategies.index(strategy)
         label = f"{strategy}, {feedback}"

@@ -11,13 +11,18 @@ import runs
 
 def metrics_of(folder, one, two=None, speed=100.0, omega_s=None):
     """A run's folder, validated at steps 0, 100, 200, ...: in one pass, and maybe in two."""
-    folder.mkdir()
     lines = [{"step": 100 * i, "val_nelbo_1pass": v} for i, v in enumerate(one)]
     for line, v in zip(lines, two or []):
         line["val_nelbo_2pass"] = v
     lines += [{"step": s, "tokens_per_second": speed} for s in (10, 20, 30)]
     lines += [{"step": 30, "omega_s": omega_s}] * (omega_s is not None)
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return write_lines(folder, *lines)
+
+
+def write_lines(folder, *lines):
+    folder.mkdir()
+    text = "".join((line if isinstance(line, str) else json.dumps(line)) + "\n" for line in lines)
+    (folder / "metrics.jsonl").write_text(text)
     return str(folder)
 
 
@@ -115,13 +120,6 @@ def test_what_cannot_be_compared_is_named(seeds, tmp_path):
     apart = metrics_of(tmp_path / "apart", [3.0])
     with pytest.raises(ValueError, match="no step at which all runs were validated"):
         tables_of(tmp_path, write_lines(tmp_path / "a", {"step": 7, "val_nelbo_1pass": 1.0}), apart)
-
-
-def write_lines(folder, *lines):
-    folder.mkdir()
-    text = "".join((line if isinstance(line, str) else json.dumps(line)) + "\n" for line in lines)
-    (folder / "metrics.jsonl").write_text(text)
-    return str(folder)
 
 
 @pytest.mark.parametrize(
